@@ -1,0 +1,198 @@
+// The one matrix-product micro-kernel and the loops around it.
+//
+// Every product here is C[rows, columns] = C0 + A[rows, K] * W[K, columns] with
+//   A  in "blocked rows": K is cut into blocks of block_depth elements; each block is a dense [rows][block_stride] array.
+//      The stride is a compile-time constant, so that one pointer reaches all the rows of a tile, and it is a cache line
+//      more than the block, so that rows never fall into the same cache sets whatever K is.
+//   W  in panels of panel_width = 2 vectors of columns: [panel][K][panel_width].
+// A tile holds FS_TILE_ROWS x panel_width sums in registers: per k two loads of W, one broadcast per row, two multiply-adds
+// per row. The sum over k runs in order of k whatever the tile, so bits do not depend on how rows or panels are shared out.
+#pragma once
+
+#include "parallel.h"
+#include "vec.h"
+
+namespace fastseq::FS_ISA {
+namespace {
+
+template <class T>
+inline constexpr int64_t panel_width = 2 * lanes<T>;
+template <class T>
+inline constexpr int64_t block_depth = 1024 / (int64_t)sizeof(T);
+template <class T>
+inline constexpr int64_t block_stride = block_depth<T> + 64 / (int64_t)sizeof(T);
+
+// Widths that end up in saved tensors are rounded to this on every instruction set.
+inline constexpr int64_t padded_multiple = 32;
+
+template <class T>
+struct BlockedRows {
+  T* data;       // [ceil(K / block_depth)][rows][block_stride]
+  int64_t rows;
+
+  FS_INLINE T* at(int64_t row, int64_t k) const {
+    return data + ((k / block_depth<T>)*rows + row) * block_stride<T> + k % block_depth<T>;
+  }
+  static int64_t size(int64_t rows, int64_t depth) {
+    return round_up(depth, block_depth<T>) / block_depth<T> * rows * block_stride<T>;
+  }
+};
+
+// How a tile walks A: along the rows of a blocked matrix, or down its columns (A transposed: tile row r is column r).
+enum class Walk { rows, columns };
+
+// c[R][panel_width] = init + A * panel. init_stride 0 repeats one row (a bias). The sum starts from zero and init is added
+// last: its cache lines arrive behind the loop, and partial sums of similar size lose fewer digits.
+template <class T, Walk walk, int R>
+FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int64_t depth, const T* init,
+                      int64_t init_stride, T* c, int64_t c_stride) {
+  constexpr int64_t row_step = walk == Walk::rows ? block_stride<T> : 1;
+  constexpr int64_t k_step = walk == Walk::rows ? 1 : block_stride<T>;
+  Vec<T> sum[R][2] = {};
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    __builtin_prefetch(init + r * init_stride);
+    __builtin_prefetch(init + r * init_stride + lanes<T>);
+  }
+  for (int64_t k = 0; k < depth; ++k, a += k_step, panel += panel_width<T>) {
+    Vec<T> w0 = load(panel), w1 = load(panel + lanes<T>);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      Vec<T> value = broadcast(a[r * row_step]);
+      sum[r][0] = fused_multiply_add(value, w0, sum[r][0]);
+      sum[r][1] = fused_multiply_add(value, w1, sum[r][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    store(c + r * c_stride, sum[r][0] + load(init + r * init_stride));
+    store(c + r * c_stride + lanes<T>, sum[r][1] + load(init + r * init_stride + lanes<T>));
+  }
+}
+
+template <class T>
+using TileFunction = void (*)(const T*, const T*, int64_t, const T*, int64_t, T*, int64_t);
+
+template <class T, Walk walk>
+FS_INLINE void run_tile(int64_t rows, const T* a, const T* panel, int64_t depth, const T* init, int64_t init_stride, T* c,
+                        int64_t c_stride) {
+#if FS_TILE_ROWS == 14
+  static constexpr TileFunction<T> table[] = {
+      nullptr,           tile<T, walk, 1>,  tile<T, walk, 2>,  tile<T, walk, 3>, tile<T, walk, 4>,
+      tile<T, walk, 5>,  tile<T, walk, 6>,  tile<T, walk, 7>,  tile<T, walk, 8>, tile<T, walk, 9>,
+      tile<T, walk, 10>, tile<T, walk, 11>, tile<T, walk, 12>, tile<T, walk, 13>, tile<T, walk, 14>};
+#elif FS_TILE_ROWS == 12
+  static constexpr TileFunction<T> table[] = {
+      nullptr,          tile<T, walk, 1>, tile<T, walk, 2>, tile<T, walk, 3>,  tile<T, walk, 4>,  tile<T, walk, 5>,
+      tile<T, walk, 6>, tile<T, walk, 7>, tile<T, walk, 8>, tile<T, walk, 9>, tile<T, walk, 10>, tile<T, walk, 11>,
+      tile<T, walk, 12>};
+#else
+  static constexpr TileFunction<T> table[] = {nullptr,          tile<T, walk, 1>, tile<T, walk, 2>, tile<T, walk, 3>,
+                                              tile<T, walk, 4>, tile<T, walk, 5>, tile<T, walk, 6>};
+#endif
+  table[rows](a, panel, depth, init, init_stride, c, c_stride);
+}
+
+// Rows are dealt to tiles evenly: 16 rows go as 8 + 8, not as 14 + 2, because a short tile waits for W.
+FS_INLINE int64_t tile_count(int64_t rows) {
+  return (rows + FS_TILE_ROWS - 1) / FS_TILE_ROWS;
+}
+
+// c[rows][panel_width] = init + A[first_row ... , first_k ... first_k + depth) * panel.
+template <class T>
+FS_INLINE void multiply_panel(BlockedRows<T> a, int64_t first_row, int64_t rows, int64_t first_k, int64_t depth,
+                              const T* panel /* [depth][panel_width] */, const T* init, int64_t init_stride, T* c,
+                              int64_t c_stride) {
+  int64_t tiles = tile_count(rows);
+  for (int64_t done = 0; done < depth;) {
+    int64_t k = first_k + done;
+    int64_t step = minimum(depth - done, block_depth<T> - k % block_depth<T>);
+    for (int64_t i = 0; i < tiles; ++i) {
+      Range part = split(rows, tiles, i);
+      run_tile<T, Walk::rows>(part.count(), a.at(first_row + part.begin, k), panel + done * panel_width<T>, step,
+                              init + part.begin * init_stride, init_stride, c + part.begin * c_stride, c_stride);
+    }
+    init = c;
+    init_stride = c_stride;
+    done += step;
+  }
+}
+
+// The large product: rows of A against a run of panels.
+//   c_of(row, panel) is where C's element (row, first column of panel) lies; rows follow each other at c_stride.
+//   init_of(panel) is the row [panel_width] that every row of C starts from.
+// Loop order: a group of panels small enough to stay in L2, then blocks of K, then row tiles (their A stays in L1),
+// then the panels of the group.
+template <class T, class Place, class Init>
+FS_INLINE void multiply_blocked(BlockedRows<T> a, Range rows, int64_t first_k, int64_t depth,
+                                const T* panels /* [panel][depth][panel_width] */, Range panel_range, Place c_of,
+                                int64_t c_stride, Init init_of) {
+  constexpr int64_t group = (384 << 10) / (block_depth<T> * panel_width<T> * (int64_t)sizeof(T));
+  int64_t tiles = tile_count(rows.count());
+  for (int64_t first = panel_range.begin; first < panel_range.end; first += group) {
+    int64_t last = minimum(first + group, panel_range.end);
+    for (int64_t done = 0; done < depth;) {
+      int64_t k = first_k + done;
+      int64_t step = minimum(depth - done, block_depth<T> - k % block_depth<T>);
+      for (int64_t i = 0; i < tiles; ++i) {
+        Range part = split(rows.count(), tiles, i);
+        int64_t row = rows.begin + part.begin;
+        for (int64_t p = first; p < last; ++p) {
+          T* c = c_of(row, p);
+          run_tile<T, Walk::rows>(part.count(), a.at(row, k), panels + (p * depth + done) * panel_width<T>, step,
+                                  done ? c : init_of(p), done ? c_stride : 0, c, c_stride);
+        }
+      }
+      done += step;
+    }
+  }
+}
+
+// One row of a blocked matrix, or a plain row (block_step = block_depth).
+template <class T>
+struct BlockedRow {
+  const T* data;
+  int64_t block_step;  // elements from one block of K to the next
+};
+template <class T>
+FS_INLINE BlockedRow<T> blocked_row(BlockedRows<T> matrix, int64_t row) {
+  return {matrix.at(row, 0), matrix.rows * block_stride<T>};
+}
+template <class T>
+FS_INLINE BlockedRow<T> plain_row(const T* data) {
+  return {data, block_depth<T>};
+}
+
+// lanes<T> dot products with W's rows in place, for a single row of A: nothing is packed, every weight is read once.
+// Result lane j is init lane j + W[row + j] . a; lanes past valid_rows are zero.
+template <class T>
+FS_INLINE Vec<T> dot_rows(const T* w /* [valid_rows, depth], row stride depth */, int64_t valid_rows, BlockedRow<T> a,
+                          int64_t depth, Vec<T> init) {
+  constexpr int L = lanes<T>;
+  const T* row[L];
+#pragma GCC unroll 16
+  for (int j = 0; j < L; ++j) row[j] = w + (j < valid_rows ? j : valid_rows - 1) * depth;
+  Vec<T> sum[L] = {};
+  const T* block = a.data;
+  for (int64_t first = 0; first < depth; first += block_depth<T>, block += a.block_step) {
+    int64_t last = minimum(depth, first + block_depth<T>);
+    const T* value_at = block - first;
+    int64_t k = first;
+    for (; k + L <= last; k += L) {
+      Vec<T> value = load(value_at + k);
+#pragma GCC unroll 16
+      for (int j = 0; j < L; ++j) sum[j] = fused_multiply_add(load(row[j] + k), value, sum[j]);
+    }
+    if (k < last) {
+      Vec<T> value = load_partial(value_at + k, last - k);
+#pragma GCC unroll 16
+      for (int j = 0; j < L; ++j) sum[j] = fused_multiply_add(load_partial(row[j] + k, last - k), value, sum[j]);
+    }
+  }
+  Vec<T> total = transpose_add<T, 1, L>(sum) + init;
+  for (int64_t j = valid_rows; j < L; ++j) total[j] = 0;
+  return total;
+}
+
+}  // namespace
+}  // namespace fastseq::FS_ISA

@@ -1,0 +1,53 @@
+// Compiled once per instruction set (FS_ISA is its name). The one exported symbol of each object is its kernel table;
+// everything else has internal linkage, and no inline code is shared with other objects: a shared inline built for AVX-512
+// would kill an older processor. For the same reason nothing here uses the C++ standard library.
+#include "../fastseq.h"
+#include "math.h"
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+#include "peak.h"
+#include "rnn_backward.h"
+#include "rnn_forward.h"
+
+#define FS_STRING_OF(name) #name
+#define FS_STRING(name) FS_STRING_OF(name)
+#define FS_JOIN_OF(a, b) a##b
+#define FS_JOIN(a, b) FS_JOIN_OF(a, b)
+
+namespace fastseq::FS_ISA {
+namespace {
+
+template <class T, class Cell>
+size_t rnn_reserve_bytes(int64_t rows, int64_t hidden_size, int64_t projection_size, int64_t directions) {
+  return (size_t)(directions * Reserve<T, Cell>::direction_size(rows, hidden_size, projection_size > 0)) * sizeof(T);
+}
+
+}  // namespace
+}  // namespace fastseq::FS_ISA
+
+using namespace fastseq::FS_ISA;
+
+extern "C" const fastseq_kernel_table FS_JOIN(fastseq_table_, FS_ISA);
+const fastseq_kernel_table FS_JOIN(fastseq_table_, FS_ISA) = {
+    FS_STRING(FS_ISA),
+#define FASTSEQ_CELL(name, Struct) {rnn_forward<float, Struct>, rnn_forward<double, Struct>},
+    {
+#include "../cells/cells.def"
+    },
+#undef FASTSEQ_CELL
+#define FASTSEQ_CELL(name, Struct) {rnn_backward<float, Struct>, rnn_backward<double, Struct>},
+    {
+#include "../cells/cells.def"
+    },
+#undef FASTSEQ_CELL
+#define FASTSEQ_CELL(name, Struct) {rnn_reserve_bytes<float, Struct>, rnn_reserve_bytes<double, Struct>},
+    {
+#include "../cells/cells.def"
+    },
+#undef FASTSEQ_CELL
+    {{unary<float, FASTSEQ_EXP>, unary<double, FASTSEQ_EXP>},
+     {unary<float, FASTSEQ_TANH>, unary<double, FASTSEQ_TANH>},
+     {unary<float, FASTSEQ_SIGMOID>, unary<double, FASTSEQ_SIGMOID>}},
+    {fma_gflops<float>, fma_gflops<double>},
+};

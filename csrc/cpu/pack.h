@@ -1,0 +1,52 @@
+// Copies of weights and sequences in the order in which the micro-kernel reads them.
+#pragma once
+
+#include "gemm.h"
+
+namespace fastseq::FS_ISA {
+namespace {
+
+// panel[k][column] = w[column][k]: weights stored with the summed index last (W_ih, W_hh in forward).
+// valid_columns of the panel exist; the others become zero.
+template <class T>
+void pack_transposed(const T* w /* [valid_columns, depth], row stride w_stride */, int64_t w_stride, int64_t valid_columns,
+                     int64_t depth, T* panel /* [depth][panel_width] */) {
+  constexpr int L = lanes<T>;
+  for (int64_t half = 0; half < 2; ++half) {
+    int64_t columns = maximum(0, minimum(L, valid_columns - half * L));
+    const T* source = w + half * L * w_stride;
+    T* target = panel + half * L;
+    for (int64_t k = 0; k < depth; k += L) {
+      int64_t count = minimum(L, depth - k);
+      Vec<T> block[L];
+      for (int j = 0; j < L; ++j)
+        block[j] = j < columns ? load_partial(source + j * w_stride + k, count) : Vec<T>{};
+      transpose<T>(block);
+      for (int64_t j = 0; j < count; ++j) store(target + (k + j) * panel_width<T>, block[j]);
+    }
+  }
+}
+
+// panel[k][column] = row(k)[column]: matrices stored with the summed index first (weights in backward, sequences in the
+// weight gradient). row(k) is a pointer to valid_columns elements, or NULL for a row of zeros.
+template <class T, class Row>
+FS_INLINE void pack_rows(Row row, int64_t valid_columns, int64_t depth, T* panel /* [depth][panel_width] */) {
+  for (int64_t k = 0; k < depth; ++k, panel += panel_width<T>) {
+    const T* source = row(k);
+    for (int half = 0; half < 2; ++half) {
+      int64_t columns = maximum(0, minimum(lanes<T>, valid_columns - half * lanes<T>));
+      Vec<T> value = source && columns ? load_partial(source + half * lanes<T>, columns) : Vec<T>{};
+      store(panel + half * lanes<T>, value);
+    }
+  }
+}
+
+// Copies one row of `width` elements into a blocked matrix.
+template <class T>
+FS_INLINE void copy_to_blocked(const T* source /* [width] */, int64_t width, BlockedRows<T> target, int64_t row) {
+  for (int64_t k = 0; k < width; k += block_depth<T>)
+    memcpy(target.at(row, k), source + k, (size_t)minimum(block_depth<T>, width - k) * sizeof(T));
+}
+
+}  // namespace
+}  // namespace fastseq::FS_ISA

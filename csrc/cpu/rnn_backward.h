@@ -1,0 +1,487 @@
+// Backpropagation through time of one recurrent layer.
+//
+// Per direction the steps are walked against forward's order, a chunk at a time. Every thread owns the same unit blocks as
+// in forward. A step is: gradients of the pre-activations of its units (from what forward saved), a barrier, and the product
+// with W_hh that gives its columns of dL/dh of the step before. At the end of a chunk the large products follow, while the
+// chunk's gradients are in cache: weights' gradients (each thread the rows of its units) and the input's.
+// Gradients of weights are summed over rows in the order of the walk, whatever the number of threads.
+#pragma once
+
+#include "math.h"
+#include "rnn_shape.h"
+
+namespace fastseq::FS_ISA {
+namespace {
+
+template <class T, class Cell>
+struct RnnBackward {
+  using V = Vec<T>;
+  static constexpr int64_t W = panel_width<T>, L = lanes<T>;
+  static constexpr int64_t chunk_target_rows = 256;
+  static constexpr int64_t block_rows = 5 * FS_TILE_ROWS;
+
+  struct DirectionBuffers {
+    T* packed_input;       // [input panels][input_count * hidden_padded][W], for the input's gradient
+    T* packed_hidden;      // [output_blocks][hidden_count * hidden_padded][W]
+    T* packed_projection;  // [unit_blocks][P][W]
+    T* grad_h;             // [B][output_padded], carried from step to step
+    T* grad_cell;          // [B][hidden_padded]
+    BlockedRows<T> grad_slots;   // [capacity, slots * hidden_padded]
+    BlockedRows<T> grad_output;  // [capacity, P], only with a projection: dL/dh in all
+    const T** x_rows;            // [capacity] where the chunk's rows lie
+    const T** h_rows;            // [capacity] h_{t-1}; NULL for zeros
+    T* x_panels;       // [input panels][capacity][W], the chunk's inputs as the right factor of a weight gradient
+    T* h_panels;       // [output_blocks][capacity][W]
+    T* hidden_panels;  // [unit_blocks][capacity][W], with a projection
+    T* grad_x;         // [capacity][input_padded]
+    T* grad_x_rows;    // [rows][I], second direction when both run side by side
+  };
+
+  const fastseq_rnn_backward& call;
+  LayerSizes<T, Cell> sizes;
+  StepTable table;
+  int64_t capacity, input_panels, input_padded, output_padded;
+  DirectionBuffers buffers[FASTSEQ_MAX_DIRECTIONS];
+  Barrier barriers[2], everyone;
+
+  explicit RnnBackward(const fastseq_rnn_backward& call) : call(call), sizes(call.shape), table{&call.shape, nullptr} {
+    capacity = chunk_capacity(sizes.rows, sizes.batch, chunk_target_rows);
+    input_panels = (sizes.input + W - 1) / W;
+    input_padded = input_panels * W;
+    output_padded = round_up(sizes.output, padded_multiple);
+  }
+
+  bool wants_grad_x() const { return call.grad_x.data != nullptr; }
+
+  void lay_out(Arena& arena, bool side_by_side) {
+    table.first_row = arena.take<int64_t>(sizes.steps + 1);
+    for (int64_t d = 0; d < sizes.directions; ++d) {
+      DirectionBuffers& b = buffers[d];
+      if (d && !side_by_side) {
+        b = buffers[0];
+        continue;
+      }
+      const fastseq_rnn_weight_gradients& wanted = call.grad_weights[d];
+      int64_t projection = sizes.projection;
+      b.packed_input = arena.take<T>(wants_grad_x() ? input_padded * Cell::input_count * sizes.hidden_padded : 0);
+      b.packed_hidden = arena.take<T>(sizes.output_blocks() * W * Cell::hidden_count * sizes.hidden_padded);
+      b.packed_projection = arena.take<T>(sizes.unit_blocks() * W * projection);
+      b.grad_h = arena.take<T>(sizes.batch * output_padded);
+      b.grad_cell = arena.take<T>(Cell::has_cell ? sizes.batch * sizes.hidden_padded : 0);
+      b.grad_slots = take_rows(arena, capacity, sizes.slot_stride());
+      b.grad_output = take_rows(arena, sizes.has_projection ? capacity : 0, projection);
+      b.x_rows = arena.take<const T*>(capacity);
+      b.h_rows = arena.take<const T*>(capacity);
+      b.x_panels = arena.take<T>(wanted.input ? input_padded * capacity : 0);
+      b.h_panels = arena.take<T>(wanted.hidden ? sizes.output_blocks() * W * capacity : 0);
+      b.hidden_panels = arena.take<T>(wanted.projection ? sizes.unit_blocks() * W * capacity : 0);
+      b.grad_x = arena.take<T>(wants_grad_x() ? capacity * input_padded : 0);
+      b.grad_x_rows = d && wants_grad_x() ? arena.take<T>(sizes.rows * sizes.input) : nullptr;
+    }
+  }
+  static BlockedRows<T> take_rows(Arena& arena, int64_t rows, int64_t depth) {
+    return {arena.take<T>(BlockedRows<T>::size(rows, depth)), rows};
+  }
+
+  int run() {
+    int threads = call.shape.threads;
+    bool side_by_side = sizes.directions == 2 && threads >= 2;
+    Arena arena{nullptr};
+    lay_out(arena, side_by_side);
+    arena = Arena{(char*)fastseq_workspace(arena.used)};
+    if (!arena.base) return FASTSEQ_OUT_OF_MEMORY;
+    lay_out(arena, side_by_side);
+    table.fill();
+    auto body = [this](int rank, int size) {
+      DirectionTeams teams(sizes.directions, rank, size, barriers);
+      for (int64_t d = teams.first; d < teams.last; ++d) {
+        Direction(*this, d, teams.team).run();
+        teams.team.wait();
+      }
+      if (wants_grad_x()) finish_grad_x(Team{rank, size, &everyone});
+    };
+    run_parallel(threads, body);
+    return FASTSEQ_OK;
+  }
+
+  // Adds the second direction's part where both ran side by side; zeroes rows past their length.
+  void finish_grad_x(Team team) {
+    team.wait();
+    Sequence<T> grad_x(call.grad_x, table);
+    Range steps = split(sizes.steps, team.size, team.rank);
+    const T* other = sizes.directions == 2 ? buffers[1].grad_x_rows : nullptr;
+    for (int64_t t = steps.begin; t < steps.end; ++t) {
+      int64_t alive = table.alive(t);
+      for (int64_t row = 0; other && row < alive; ++row)
+        add_row(other + (table.first_row[t] + row) * sizes.input, grad_x.at(t, row));
+      for (int64_t row = alive; !table.shape->packed && row < sizes.batch; ++row)
+        memset(grad_x.at(t, row), 0, (size_t)sizes.input * sizeof(T));
+    }
+  }
+
+  FS_INLINE void add_row(const T* from /* [I] */, T* to /* [I] */) const {
+    for (int64_t i = 0; i < sizes.input; i += L)
+      store_partial(to + i, load_partial(to + i, sizes.input - i) + load_partial(from + i, sizes.input - i),
+                    sizes.input - i);
+  }
+
+  // One thread's share of one direction.
+  struct Direction {
+    RnnBackward& layer;
+    const LayerSizes<T, Cell>& sizes;
+    const StepTable& table;
+    DirectionBuffers& b;
+    const fastseq_rnn_weights& weights;
+    const fastseq_rnn_weight_gradients& grads;
+    Sequence<T> x, y, grad_y, grad_x;
+    Reserve<T, Cell> reserve;
+    int64_t index;
+    Walkway forward, walk;  // the order of forward, and against it
+    Team team;
+    Range units, outputs;
+
+    Direction(RnnBackward& layer, int64_t d, Team team)
+        : layer(layer),
+          sizes(layer.sizes),
+          table(layer.table),
+          b(layer.buffers[d]),
+          weights(layer.call.weights[d]),
+          grads(layer.call.grad_weights[d]),
+          x(layer.call.x, layer.table),
+          y(layer.call.y, layer.table),
+          grad_y(layer.call.grad_y, layer.table),
+          grad_x(layer.call.grad_x, layer.table),
+          reserve((T*)layer.call.reserve, layer.sizes, d),
+          index(d),
+          forward{layer.sizes.steps, d == 1},
+          walk{layer.sizes.steps, d == 0},
+          team(team),
+          units(split(layer.sizes.unit_blocks(), team.size, team.rank)),
+          outputs(split(layer.sizes.output_blocks(), team.size, team.rank)) {
+      y.data += d * sizes.output;
+      if (grad_y.data) grad_y.data += d * sizes.output;
+    }
+
+    void run() {
+      pack_weights();
+      load_state_gradients();
+      if (sizes.rows == 0 && team.rank == 0) zero_weight_gradients();
+      for (int64_t position = 0; position < sizes.steps;) {
+        Chunk chunk = next_chunk(table, walk, position, chunk_target_rows);
+        int64_t first = table.first_row[minimum(walk.step(chunk.begin), walk.step(chunk.end - 1))];
+        bool first_chunk = position == 0;
+        for (; position < chunk.end; ++position) step(position, first);
+        if (chunk.rows == 0) continue;
+        note_rows(chunk, first);
+        team.wait();
+        pack_right_factors(chunk.rows);
+        team.wait();
+        weight_gradients(chunk.rows, first_chunk);
+        if (layer.wants_grad_x()) input_gradient(chunk, first);
+        team.wait();
+      }
+      store_state_gradients();
+    }
+
+    void pack_weights() {
+      int64_t padded = sizes.hidden_padded, hidden = sizes.hidden;
+      auto pack = [&](const void* source, int64_t columns, int count, auto gate_of, int64_t panel, T* target) {
+        for (int i = 0; i < count; ++i)
+          pack_rows<T>(
+              [&](int64_t k) {
+                return k < hidden ? (const T*)source + (gate_of(i) * hidden + k) * columns + panel * W : nullptr;
+              },
+              columns - panel * W, padded, target + (panel * count + i) * padded * W);
+      };
+      for (int64_t block = outputs.begin; block < outputs.end; ++block)
+        pack(weights.hidden, sizes.output, Cell::hidden_count, Cell::gate_of_hidden, block, b.packed_hidden);
+      Range input = split(layer.wants_grad_x() ? layer.input_panels : 0, team.size, team.rank);
+      for (int64_t panel = input.begin; panel < input.end; ++panel)
+        pack(weights.input, sizes.input, Cell::input_count, Cell::gate_of_input, panel, b.packed_input);
+      for (int64_t block = units.begin; block < units.end && sizes.has_projection; ++block)
+        pack_rows<T>([&](int64_t k) { return (const T*)weights.projection + k * hidden + block * W; },
+                     hidden - block * W, sizes.projection, b.packed_projection + block * sizes.projection * W);
+      // The products run over padded columns; beyond the hidden size the gradients are never written again.
+      if (padded != hidden) {
+        Range share = split(BlockedRows<T>::size(b.grad_slots.rows, sizes.slot_stride()), team.size, team.rank);
+        memset(b.grad_slots.data + share.begin, 0, (size_t)share.count() * sizeof(T));
+        team.wait();
+      }
+    }
+
+    FS_INLINE T* state_row(const void* base, int64_t row, int64_t width) const {
+      return (T*)base + (index * sizes.batch + table.batch_index(row)) * width;
+    }
+
+    // Applies function(carried, user's row + column, count) to each vector of a thread's columns of a state.
+    template <class Function>
+    void each_state_vector(const void* base, T* carried, int64_t carried_stride, int64_t width, Range blocks,
+                           Function function) {
+      for (int64_t row = 0; row < sizes.batch; ++row)
+        for (int64_t column = blocks.begin * W; column < minimum(blocks.end * W, width); column += L)
+          function(carried + row * carried_stride + column, base ? state_row(base, row, width) + column : nullptr,
+                   width - column);
+    }
+    void load_state_gradients() {
+      auto load_vector = [](T* carried, const T* user, int64_t count) {
+        store(carried, user ? load_partial(user, count) : V{});
+      };
+      each_state_vector(layer.call.grad_final_hidden, b.grad_h, layer.output_padded, sizes.output, outputs, load_vector);
+      if constexpr (Cell::has_cell)
+        each_state_vector(layer.call.grad_final_cell, b.grad_cell, sizes.hidden_padded, sizes.hidden, units, load_vector);
+    }
+    void store_state_gradients() {
+      auto store_vector = [](T* carried, T* user, int64_t count) {
+        if (user) store_partial(user, load(carried), count);
+      };
+      each_state_vector(layer.call.grad_initial_hidden, b.grad_h, layer.output_padded, sizes.output, outputs, store_vector);
+      if constexpr (Cell::has_cell)
+        each_state_vector(layer.call.grad_initial_cell, b.grad_cell, sizes.hidden_padded, sizes.hidden, units,
+                          store_vector);
+    }
+
+    // The step that came before t in forward, or -1 / T when t was the first.
+    FS_INLINE int64_t step_before(int64_t t) const { return forward.reverse ? t + 1 : t - 1; }
+
+    FS_INLINE const T* h_before(int64_t t, int64_t row) const {
+      int64_t previous = step_before(t);
+      if (row < table.alive(previous)) return y.at(previous, row);
+      return layer.call.initial_hidden ? state_row(layer.call.initial_hidden, row, sizes.output) : nullptr;
+    }
+    FS_INLINE const T* cell_before(int64_t t, int64_t row) const {
+      int64_t previous = step_before(t);
+      if (row < table.alive(previous)) return reserve.cells + (table.first_row[previous] + row) * sizes.hidden_padded;
+      return layer.call.initial_cell ? state_row(layer.call.initial_cell, row, sizes.hidden) : nullptr;
+    }
+
+    void step(int64_t position, int64_t chunk_first) {
+      int64_t t = walk.step(position), alive = table.alive(t);
+      int64_t local = table.first_row[t] - chunk_first;  // the step's first row in the chunk's buffers
+      int64_t row_blocks = (alive + block_rows - 1) / block_rows;
+      if (sizes.has_projection) {
+        gather_output_gradient(t, alive, local);
+        team.wait();
+        for (int64_t block = units.begin; block < units.end; ++block)
+          for (int64_t j = 0; j < row_blocks; ++j) update_projected(block, split(alive, row_blocks, j), t, local);
+      } else {
+        for (int64_t block = units.begin; block < units.end; ++block)
+          for (int64_t row = 0; row < alive; ++row)
+            for (int64_t unit = block * W; unit < minimum((block + 1) * W, sizes.hidden); unit += L)
+              update_plain(unit, sizes.hidden - unit, t, row, local);
+      }
+      team.wait();
+      bool last = position + 1 == sizes.steps;
+      if (last && !layer.call.grad_initial_hidden) return;
+      int64_t depth = Cell::hidden_count * sizes.hidden_padded;
+      for (int64_t i = 0; i < outputs.count(); ++i) {
+        int64_t block = position % 2 ? outputs.end - 1 - i : outputs.begin + i;
+        T* carried = b.grad_h + block * W;
+        multiply_panel(b.grad_slots, local, alive, Cell::hidden_first * sizes.hidden_padded, depth,
+                       b.packed_hidden + block * depth * W, carried, layer.output_padded, carried, layer.output_padded);
+      }
+    }
+
+    FS_INLINE void update_plain(int64_t unit, int64_t count, int64_t t, int64_t row, int64_t local) {
+      T* carried = b.grad_h + row * layer.output_padded + unit;
+      V grad_h = load(carried);
+      if (grad_y.data) grad_h += load_partial(grad_y.at(t, row) + unit, count);
+      const T* before = h_before(t, row);
+      V direct = update_units(grad_h, before ? load_partial(before + unit, count) : V{}, unit, count, t, row, local);
+      store(carried, direct);
+    }
+
+    // Cell backward for one vector of units; returns the part of dL/dh_{t-1} that bypasses W_hh.
+    FS_INLINE V update_units(V grad_h, V h_previous, int64_t unit, int64_t count, int64_t t, int64_t row, int64_t local) {
+      int64_t packed_row = table.first_row[t] + row;
+      const T* saved = reserve.slots + packed_row * sizes.slot_stride() + unit;
+      V slot[Cell::slots], c_previous{}, c{}, grad_c{}, direct{};
+      for (int s = 0; s < Cell::slots; ++s) slot[s] = load(saved + s * sizes.hidden_padded);
+      T* cell = b.grad_cell + row * sizes.hidden_padded + unit;
+      if constexpr (Cell::has_cell) {
+        const T* before = cell_before(t, row);
+        c_previous = before ? load_partial(before + unit, count) : V{};
+        c = load(reserve.cells + packed_row * sizes.hidden_padded + unit);
+        grad_c = load(cell);
+      }
+      Cell::template backward<Math<T>>(slot, h_previous, c_previous, c, grad_h, grad_c, direct);
+      if constexpr (Cell::has_cell) store(cell, grad_c);
+      for (int s = 0; s < Cell::slots; ++s)
+        store(b.grad_slots.at(local + row, s * sizes.hidden_padded + unit), keep_lanes<T>(slot[s], count));
+      return direct;
+    }
+
+    void gather_output_gradient(int64_t t, int64_t alive, int64_t local) {
+      for (int64_t row = 0; row < alive; ++row)
+        for (int64_t column = outputs.begin * W; column < minimum(outputs.end * W, sizes.output); column += L) {
+          T* carried = b.grad_h + row * layer.output_padded + column;
+          V grad_h = load(carried);
+          if (grad_y.data) grad_h += load_partial(grad_y.at(t, row) + column, sizes.output - column);
+          store(b.grad_output.at(local + row, column), grad_h);
+          store(carried, V{});
+        }
+    }
+
+    FS_INLINE void update_projected(int64_t block, Range rows, int64_t t, int64_t local) {
+      alignas(64) static constexpr T zeros[W] = {};
+      alignas(64) T scratch[block_rows * W];  // [row][W], dL/d(unprojected h)
+      multiply_panel(b.grad_output, local + rows.begin, rows.count(), 0, sizes.projection,
+                     b.packed_projection + block * sizes.projection * W, zeros, 0, scratch, W);
+      for (int64_t row = rows.begin; row < rows.end; ++row)
+        for (int64_t unit = block * W; unit < minimum((block + 1) * W, sizes.hidden); unit += L)
+          update_units(load(scratch + (row - rows.begin) * W + unit - block * W), V{}, unit, sizes.hidden - unit, t, row,
+                       local);
+    }
+
+    void note_rows(Chunk chunk, int64_t chunk_first) {
+      Range mine = split(chunk.end - chunk.begin, team.size, team.rank);
+      for (int64_t i = mine.begin; i < mine.end; ++i) {
+        int64_t t = walk.step(chunk.begin + i);
+        for (int64_t row = 0; row < table.alive(t); ++row) {
+          int64_t local = table.first_row[t] - chunk_first + row;
+          b.x_rows[local] = x.at(t, row);
+          b.h_rows[local] = h_before(t, row);
+          if (sizes.has_projection && grads.projection) note_hidden(table.first_row[t] + row, local);
+        }
+      }
+    }
+    // The unprojected outputs lie in the reserve already; their panels are filled row by row.
+    void note_hidden(int64_t packed_row, int64_t local) {
+      const T* source = reserve.hidden + packed_row * sizes.hidden_padded;
+      for (int64_t block = 0; block < sizes.unit_blocks(); ++block)
+        for (int64_t v = 0; v < 2; ++v) {
+          int64_t unit = block * W + v * L;
+          store(b.hidden_panels + (block * b.grad_slots.rows + local) * W + v * L,
+                load_partial(source + unit, maximum(0, sizes.hidden - unit)));
+        }
+    }
+
+    // Inputs and previous states of the chunk as panels; the whole team packs, everyone reads.
+    void pack_right_factors(int64_t rows) {
+      auto pack = [&](const T* const* source, int64_t width, T* panels) {
+        Range mine = split((width + W - 1) / W, team.size, team.rank);
+        for (int64_t panel = mine.begin; panel < mine.end; ++panel)
+          pack_rows<T>([&](int64_t k) { return source[k] ? source[k] + panel * W : nullptr; }, width - panel * W, rows,
+                       panels + panel * b.grad_slots.rows * W);
+      };
+      if (grads.input) pack(b.x_rows, sizes.input, b.x_panels);
+      if (grads.hidden) pack(b.h_rows, sizes.output, b.h_panels);
+    }
+
+    void weight_gradients(int64_t rows, bool first_chunk) {
+      Range mine{minimum(units.begin * W, sizes.hidden), minimum(units.end * W, sizes.hidden)};
+      for (int i = 0; i < Cell::input_count; ++i) {
+        int64_t column = (Cell::input_first + i) * sizes.hidden_padded, gate = Cell::gate_of_input(i);
+        if (grads.input)
+          weight_gradient(b.grad_slots, column, mine, rows, b.x_panels, sizes.input,
+                          (T*)grads.input + gate * sizes.hidden * sizes.input, first_chunk);
+        if (grads.input_bias) bias_gradient(column, mine, rows, (T*)grads.input_bias + gate * sizes.hidden, first_chunk);
+      }
+      for (int i = 0; i < Cell::hidden_count; ++i) {
+        int64_t column = (Cell::hidden_first + i) * sizes.hidden_padded, gate = Cell::gate_of_hidden(i);
+        if (grads.hidden)
+          weight_gradient(b.grad_slots, column, mine, rows, b.h_panels, sizes.output,
+                          (T*)grads.hidden + gate * sizes.hidden * sizes.output, first_chunk);
+        if (grads.hidden_bias) bias_gradient(column, mine, rows, (T*)grads.hidden_bias + gate * sizes.hidden, first_chunk);
+      }
+      if (grads.projection) {
+        Range columns{minimum(outputs.begin * W, sizes.output), minimum(outputs.end * W, sizes.output)};
+        weight_gradient(b.grad_output, 0, columns, rows, b.hidden_panels, sizes.hidden, (T*)grads.projection, first_chunk);
+      }
+    }
+
+    // target[m][n] (+)= sum over the chunk's rows of left[row][column + m] * right[row][n], m in `mine`.
+    void weight_gradient(BlockedRows<T> left, int64_t column, Range mine, int64_t rows,
+                         const T* panels /* [panel][capacity][W] */, int64_t width, T* target /* [*, width] */,
+                         bool first_chunk) {
+      alignas(64) static constexpr T zeros[W] = {};
+      constexpr int64_t group = (192 << 10) / (chunk_target_rows * W * (int64_t)sizeof(T));
+      int64_t panel_count = (width + W - 1) / W;
+      for (int64_t first = 0; first < panel_count; first += group) {
+        int64_t last = minimum(first + group, panel_count);
+        for (int64_t m = mine.begin; m < mine.end;) {
+          // A tile's columns of `left` are neighbours in memory only within a block.
+          int64_t k = column + m;
+          int64_t segment = minimum(mine.end - m, block_depth<T> - k % block_depth<T>);
+          int64_t tiles = tile_count(segment);
+          for (int64_t i = 0; i < tiles; ++i) {
+            Range part = split(segment, tiles, i);
+            for (int64_t p = first; p < last; ++p) {
+              T* c = target + (m + part.begin) * width + p * W;
+              const T* a = left.at(0, k + part.begin);
+              const T* panel = panels + p * left.rows * W;
+              if (width - p * W >= W)
+                run_tile<T, Walk::columns>(part.count(), a, panel, rows, first_chunk ? zeros : c, first_chunk ? 0 : width,
+                                           c, width);
+              else
+                edge_tile(part.count(), a, panel, rows, c, width, width - p * W, first_chunk);
+            }
+          }
+          m += segment;
+        }
+      }
+    }
+
+    // The last, narrower panel goes through a full tile of its own.
+    FS_NOINLINE void edge_tile(int64_t tile_rows, const T* a, const T* panel, int64_t depth, T* c, int64_t c_stride,
+                               int64_t columns, bool first_chunk) {
+      alignas(64) T full[FS_TILE_ROWS * W] = {};  // [row][W]
+      for (int64_t r = 0; r < tile_rows && !first_chunk; ++r)
+        memcpy(full + r * W, c + r * c_stride, (size_t)columns * sizeof(T));
+      run_tile<T, Walk::columns>(tile_rows, a, panel, depth, full, W, full, W);
+      for (int64_t r = 0; r < tile_rows; ++r) memcpy(c + r * c_stride, full + r * W, (size_t)columns * sizeof(T));
+    }
+
+    void bias_gradient(int64_t column, Range mine, int64_t rows, T* target /* [H] */, bool first_chunk) {
+      for (int64_t m = mine.begin; m < mine.end; m += L) {
+        V sum{};
+        for (int64_t row = 0; row < rows; ++row) sum += load(b.grad_slots.at(row, column + m));
+        int64_t count = mine.end - m;
+        store_partial(target + m, first_chunk ? sum : load_partial(target + m, count) + sum, count);
+      }
+    }
+
+    // grad_x = grad_slots * W_ih for this thread's rows of the chunk.
+    void input_gradient(Chunk chunk, int64_t chunk_first) {
+      alignas(64) static constexpr T zeros[W] = {};
+      int64_t stride = layer.input_padded;
+      Range mine = split(chunk.rows, team.size, team.rank);
+      multiply_blocked(
+          b.grad_slots, mine, Cell::input_first * sizes.hidden_padded, Cell::input_count * sizes.hidden_padded,
+          b.packed_input, Range{0, layer.input_panels},
+          [&](int64_t row, int64_t panel) { return b.grad_x + row * stride + panel * W; }, stride,
+          [&](int64_t) { return zeros; });
+      bool adds = index == 1 && !b.grad_x_rows;
+      for (int64_t position = chunk.begin; position < chunk.end; ++position) {
+        int64_t t = walk.step(position), local = table.first_row[t] - chunk_first;
+        for (int64_t row = maximum(0, mine.begin - local); row < minimum(table.alive(t), mine.end - local); ++row) {
+          const T* source = b.grad_x + (local + row) * stride;
+          T* target = b.grad_x_rows ? b.grad_x_rows + (table.first_row[t] + row) * sizes.input : grad_x.at(t, row);
+          if (adds)
+            layer.add_row(source, target);
+          else
+            memcpy(target, source, (size_t)sizes.input * sizeof(T));
+        }
+      }
+    }
+
+    void zero_weight_gradients() {
+      auto zero = [](void* target, int64_t count) {
+        if (target) memset(target, 0, (size_t)count * sizeof(T));
+      };
+      int64_t rows = Cell::gates * sizes.hidden;
+      zero(grads.input, rows * sizes.input);
+      zero(grads.hidden, rows * sizes.output);
+      zero(grads.input_bias, rows);
+      zero(grads.hidden_bias, rows);
+      zero(grads.projection, sizes.projection * sizes.hidden);
+    }
+  };
+};
+
+template <class T, class Cell>
+int rnn_backward(const fastseq_rnn_backward* call) {
+  return RnnBackward<T, Cell>(*call).run();
+}
+
+}  // namespace
+}  // namespace fastseq::FS_ISA

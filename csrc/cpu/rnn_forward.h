@@ -1,0 +1,381 @@
+// Forward of one recurrent layer.
+//
+// Per direction, every thread owns a run of unit blocks (panel_width hidden units with all their gates) and keeps their
+// weights. A chunk of steps at a time it
+//   1. computes the input product of its units for all rows of the chunk (one large product, biases as the start value),
+//   2. walks the steps: recurrent product of its units tile by tile, the cell update behind it while the tile is in L1,
+//      one barrier a step so that everyone sees the new h.
+// The input product apart from the recurrence costs a pass over a chunk-sized buffer and gains rows: W_ih is read once a
+// chunk instead of once a step, and at batch 1 it is no longer bound by reading weights.
+// A single row (batch 1, or a handful of rows in all) takes the weights as they lie, without packing.
+#pragma once
+
+#include "math.h"
+#include "rnn_shape.h"
+
+namespace fastseq::FS_ISA {
+namespace {
+
+template <class T, class Cell>
+struct RnnForward {
+  using V = Vec<T>;
+  static constexpr int64_t W = panel_width<T>, L = lanes<T>;
+  static constexpr int64_t chunk_target_rows = 256;
+  // Rows whose pre-activations wait in L1 between the product and the cell update.
+  static constexpr int64_t block_rows = 5 * FS_TILE_ROWS;
+  // Up to here reading the weights row by row costs less than packing them first.
+  static constexpr int64_t direct_rows = 4;
+
+  struct DirectionBuffers {
+    T* packed_input;       // [unit_blocks * input_count][I][W]
+    T* packed_hidden;      // [unit_blocks * hidden_count][R][W]
+    T* packed_projection;  // [output_blocks][H][W]
+    T* bias;               // [slots][hidden_padded]
+    T* chunk_slots;        // [chunk_capacity][slots][hidden_padded], inference only
+    T* cell;               // [B][hidden_padded]
+    BlockedRows<T> x;      // [chunk_capacity, I]
+    BlockedRows<T> h[2];   // [B, R], the state before and after a step
+    BlockedRows<T> hidden; // [B, H], outputs before the projection
+  };
+
+  const fastseq_rnn_forward& call;
+  LayerSizes<T, Cell> sizes;
+  StepTable table;
+  bool direct_input, direct_hidden;
+  int64_t capacity;
+  DirectionBuffers buffers[FASTSEQ_MAX_DIRECTIONS];
+  Barrier barriers[2];
+
+  explicit RnnForward(const fastseq_rnn_forward& call) : call(call), sizes(call.shape), table{&call.shape, nullptr} {
+    direct_input = sizes.rows <= direct_rows;
+    direct_hidden = sizes.batch == 1 || direct_input;
+    capacity = chunk_capacity(sizes.rows, sizes.batch, chunk_target_rows);
+  }
+
+  void lay_out(Arena& arena, bool side_by_side) {
+    table.first_row = arena.take<int64_t>(sizes.steps + 1);
+    for (int64_t d = 0; d < sizes.directions; ++d) {
+      DirectionBuffers& b = buffers[d];
+      if (d && !side_by_side) {
+        b = buffers[0];
+        continue;
+      }
+      int64_t blocks = sizes.unit_blocks();
+      b.packed_input = arena.take<T>(direct_input ? 0 : blocks * Cell::input_count * sizes.input * W);
+      b.packed_hidden = arena.take<T>(direct_hidden ? 0 : blocks * Cell::hidden_count * sizes.output * W);
+      b.packed_projection =
+          arena.take<T>(sizes.has_projection && !direct_hidden ? sizes.output_blocks() * sizes.hidden * W : 0);
+      b.bias = arena.take<T>(sizes.slot_stride());
+      b.chunk_slots = arena.take<T>(call.reserve || direct_input ? 0 : capacity * sizes.slot_stride());
+      b.cell = arena.take<T>(Cell::has_cell ? sizes.batch * sizes.hidden_padded : 0);
+      b.x = take_rows(arena, direct_input ? 0 : capacity, sizes.input);
+      for (auto& h : b.h) h = take_rows(arena, sizes.batch, sizes.output);
+      b.hidden = take_rows(arena, sizes.has_projection ? sizes.batch : 0, sizes.hidden);
+    }
+  }
+  static BlockedRows<T> take_rows(Arena& arena, int64_t rows, int64_t depth) {
+    return {arena.take<T>(BlockedRows<T>::size(rows, depth)), rows};
+  }
+
+  int run() {
+    int threads = call.shape.threads;
+    bool side_by_side = sizes.directions == 2 && threads >= 2;
+    Arena arena{nullptr};
+    lay_out(arena, side_by_side);
+    arena = Arena{(char*)fastseq_workspace(arena.used)};
+    if (!arena.base) return FASTSEQ_OUT_OF_MEMORY;
+    lay_out(arena, side_by_side);
+    table.fill();
+    auto body = [this](int rank, int size) {
+      DirectionTeams teams(sizes.directions, rank, size, barriers);
+      for (int64_t d = teams.first; d < teams.last; ++d) {
+        Direction(*this, d, teams.team).run();
+        teams.team.wait();  // the next direction may use the same buffers
+      }
+    };
+    run_parallel(threads, body);
+    return FASTSEQ_OK;
+  }
+
+  // One thread's share of one direction.
+  struct Direction {
+    RnnForward& layer;
+    const LayerSizes<T, Cell>& sizes;
+    const StepTable& table;
+    DirectionBuffers& b;
+    const fastseq_rnn_weights& weights;
+    Sequence<T> x, y;
+    Reserve<T, Cell> reserve;
+    bool saves;
+    int64_t index;
+    Walkway walk;
+    Team team;
+    Range units;    // unit blocks of this thread
+    Range outputs;  // blocks of the output of this thread (differ from units only with a projection)
+
+    Direction(RnnForward& layer, int64_t d, Team team)
+        : layer(layer),
+          sizes(layer.sizes),
+          table(layer.table),
+          b(layer.buffers[d]),
+          weights(layer.call.weights[d]),
+          x(layer.call.x, layer.table),
+          y(layer.call.y, layer.table),
+          reserve((T*)layer.call.reserve, layer.sizes, d),
+          saves(layer.call.reserve != nullptr),
+          index(d),
+          walk{layer.sizes.steps, d == 1},
+          team(team),
+          units(split(layer.sizes.unit_blocks(), team.size, team.rank)),
+          outputs(split(layer.sizes.output_blocks(), team.size, team.rank)) {
+      y.data += d * sizes.output;
+    }
+
+    void run() {
+      pack_weights();
+      load_states();
+      zero_dead_rows();
+      for (int64_t position = 0; position < sizes.steps;) {
+        Chunk chunk = next_chunk(table, walk, position, chunk_target_rows);
+        int64_t first = table.first_row[minimum(walk.step(chunk.begin), walk.step(chunk.end - 1))];
+        if (!layer.direct_input) input_product(chunk, first);
+        else if (position == 0) team.wait();  // h0 is in place
+        for (; position < chunk.end; ++position) step(position, first);
+      }
+    }
+
+    void pack_weights() {
+      int64_t hidden = sizes.hidden;
+      for (int64_t block = units.begin; block < units.end; ++block) {
+        int64_t unit = block * W, columns = hidden - unit;
+        for (int i = 0; i < Cell::input_count && !layer.direct_input; ++i)
+          pack_transposed((const T*)weights.input + (Cell::gate_of_input(i) * hidden + unit) * sizes.input, sizes.input,
+                          columns, sizes.input, b.packed_input + (block * Cell::input_count + i) * sizes.input * W);
+        for (int i = 0; i < Cell::hidden_count && !layer.direct_hidden; ++i)
+          pack_transposed((const T*)weights.hidden + (Cell::gate_of_hidden(i) * hidden + unit) * sizes.output,
+                          sizes.output, columns, sizes.output,
+                          b.packed_hidden + (block * Cell::hidden_count + i) * sizes.output * W);
+        T* bias = b.bias + unit;
+        for (int s = 0; s < Cell::slots; ++s)
+          for (int64_t j = 0; j < W; ++j) bias[s * sizes.hidden_padded + j] = 0;
+        add_bias(weights.input_bias, Cell::input_first, Cell::input_count, Cell::gate_of_input, unit);
+        add_bias(weights.hidden_bias, Cell::hidden_first, Cell::hidden_count, Cell::gate_of_hidden, unit);
+      }
+      if (!sizes.has_projection || layer.direct_hidden) return;
+      for (int64_t block = outputs.begin; block < outputs.end; ++block)
+        pack_transposed((const T*)weights.projection + block * W * hidden, hidden, sizes.output - block * W, hidden,
+                        b.packed_projection + block * hidden * W);
+    }
+
+    void add_bias(const void* source, int first_slot, int count, int (*gate_of)(int), int64_t unit) {
+      if (!source) return;
+      for (int i = 0; i < count; ++i) {
+        const T* from = (const T*)source + gate_of(i) * sizes.hidden + unit;
+        T* to = b.bias + (first_slot + i) * sizes.hidden_padded + unit;
+        for (int64_t j = 0; j < minimum(W, sizes.hidden - unit); ++j) to[j] += from[j];
+      }
+    }
+
+    // Row of a state tensor [D, B, width].
+    FS_INLINE T* state_row(const void* base, int64_t row, int64_t width) const {
+      return (T*)base + (index * sizes.batch + table.batch_index(row)) * width;
+    }
+
+    // Both h buffers start with h0: a row that joins late (reverse direction) finds it there.
+    void load_states() {
+      for (int64_t row = 0; row < sizes.batch; ++row) {
+        bool never_alive = row >= table.alive(0);
+        for (int64_t column = outputs.begin * W; column < minimum(outputs.end * W, sizes.output); column += L) {
+          int64_t count = sizes.output - column;
+          const void* h0 = layer.call.initial_hidden;
+          V h = h0 ? load_partial(state_row(h0, row, sizes.output) + column, count) : V{};
+          store(b.h[0].at(row, column), h);
+          store(b.h[1].at(row, column), h);
+          if (never_alive) store_partial(state_row(layer.call.final_hidden, row, sizes.output) + column, h, count);
+        }
+        if constexpr (Cell::has_cell) {
+          for (int64_t column = units.begin * W; column < minimum(units.end * W, sizes.hidden); column += L) {
+            int64_t count = sizes.hidden - column;
+            const void* c0 = layer.call.initial_cell;
+            V c = c0 ? load_partial(state_row(c0, row, sizes.hidden) + column, count) : V{};
+            store(b.cell + row * sizes.hidden_padded + column, c);
+            if (never_alive) store_partial(state_row(layer.call.final_cell, row, sizes.hidden) + column, c, count);
+          }
+        }
+      }
+    }
+
+    // Outputs of a padded batch past each row's length.
+    void zero_dead_rows() {
+      if (table.shape->packed || !table.shape->batch_sizes) return;
+      Range steps = split(sizes.steps, team.size, team.rank);
+      for (int64_t t = steps.begin; t < steps.end; ++t)
+        for (int64_t row = table.alive(t); row < sizes.batch; ++row)
+          memset(y.at(t, row), 0, (size_t)sizes.output * sizeof(T));
+    }
+
+    // Where slot values of a chunk's row live: in the reserve when it is kept, else in the chunk's own buffer.
+    FS_INLINE T* slots_at(int64_t packed_row, int64_t chunk_first) const {
+      return saves ? reserve.slots + packed_row * sizes.slot_stride()
+                   : b.chunk_slots + (packed_row - chunk_first) * sizes.slot_stride();
+    }
+
+    void input_product(Chunk chunk, int64_t first_row) {
+      int64_t positions = chunk.end - chunk.begin;
+      Range mine = split(positions, team.size, team.rank);
+      for (int64_t i = mine.begin; i < mine.end; ++i) {
+        int64_t t = walk.step(chunk.begin + i);
+        for (int64_t row = 0; row < table.alive(t); ++row)
+          copy_to_blocked(x.at(t, row), sizes.input, b.x, table.first_row[t] - first_row + row);
+      }
+      team.wait();
+      T* slots = slots_at(first_row, first_row);
+      auto column_of = [&](int64_t panel) {
+        return (Cell::input_first + panel % Cell::input_count) * sizes.hidden_padded + panel / Cell::input_count * W;
+      };
+      multiply_blocked(
+          b.x, Range{0, chunk.rows}, 0, sizes.input, b.packed_input,
+          Range{units.begin * Cell::input_count, units.end * Cell::input_count},
+          [&](int64_t row, int64_t panel) { return slots + row * sizes.slot_stride() + column_of(panel); },
+          sizes.slot_stride(), [&](int64_t panel) { return b.bias + column_of(panel); });
+    }
+
+    void step(int64_t position, int64_t chunk_first) {
+      int64_t t = walk.step(position), alive = table.alive(t);
+      int64_t ending = position + 1 < sizes.steps ? table.alive(walk.step(position + 1)) : 0;
+      BlockedRows<T> before = b.h[position % 2], after = b.h[(position + 1) % 2];
+      int64_t row_blocks = (alive + block_rows - 1) / block_rows;
+      for (int64_t i = 0; i < units.count(); ++i) {
+        // There and back: the blocks used last are the ones still in cache.
+        int64_t block = position % 2 ? units.end - 1 - i : units.begin + i;
+        for (int64_t j = 0; j < row_blocks; ++j)
+          update_block(block, split(alive, row_blocks, j), t, ending, chunk_first, before, after);
+      }
+      if (sizes.has_projection) {
+        team.wait();
+        for (int64_t block = outputs.begin; block < outputs.end; ++block)
+          for (int64_t j = 0; j < row_blocks; ++j) project_block(block, split(alive, row_blocks, j), t, ending, after);
+      }
+      team.wait();
+    }
+
+    static constexpr bool is_hidden_slot(int s) {
+      return s >= Cell::hidden_first && s < Cell::hidden_first + Cell::hidden_count;
+    }
+    static constexpr bool is_input_slot(int s) {
+      return s >= Cell::input_first && s < Cell::input_first + Cell::input_count;
+    }
+
+    // Product and cell update for one block of units and a few rows; the pre-activations stay in L1 between the two.
+    FS_INLINE void update_block(int64_t block, Range rows, int64_t t, int64_t ending, int64_t chunk_first,
+                                BlockedRows<T> before, BlockedRows<T> after) {
+      alignas(64) T scratch[Cell::slots * block_rows * W];  // [slots][row][W]
+      int64_t unit = block * W;
+      int64_t packed_row = table.first_row[t];
+      if (!layer.direct_hidden) {
+        for (int i = 0; i < Cell::hidden_count; ++i) {
+          int s = Cell::hidden_first + i;
+          int64_t column = s * sizes.hidden_padded + unit;
+          bool has_input = is_input_slot(s);
+          const T* init = has_input ? slots_at(packed_row + rows.begin, chunk_first) + column : b.bias + column;
+          multiply_panel(before, rows.begin, rows.count(), 0, sizes.output,
+                         b.packed_hidden + (block * Cell::hidden_count + i) * sizes.output * W, init,
+                         has_input ? sizes.slot_stride() : 0, scratch + s * block_rows * W, W);
+        }
+      }
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        T* slots_row = saves || !layer.direct_input ? slots_at(packed_row + row, chunk_first) : nullptr;
+        for (int64_t v = 0; v < 2; ++v) {
+          int64_t lane_unit = unit + v * L, count = sizes.hidden - lane_unit;
+          if (count <= 0) break;
+          V slot[Cell::slots];
+          if (layer.direct_hidden) {
+            direct_slots(slot, lane_unit, count, slots_row, before, t, row);
+          } else {
+            for (int s = 0; s < Cell::slots; ++s)
+              slot[s] = is_hidden_slot(s) ? load(scratch + (s * block_rows + row - rows.begin) * W + v * L)
+                                          : load(slots_row + s * sizes.hidden_padded + lane_unit);
+          }
+          if (count < L)
+            for (int s = 0; s < Cell::slots; ++s) slot[s] = keep_lanes<T>(slot[s], count);
+          update_units(slot, lane_unit, count, slots_row, packed_row + row, t, row, row >= ending, before, after);
+        }
+      }
+    }
+
+    FS_INLINE void update_units(V (&slot)[Cell::slots], int64_t unit, int64_t count, T* slots_row, int64_t packed_row,
+                                int64_t t, int64_t row, bool ends, BlockedRows<T> before, BlockedRows<T> after) {
+      V c{}, h;
+      T* cell = b.cell + row * sizes.hidden_padded + unit;
+      if constexpr (Cell::has_cell) c = load(cell);
+      V h_previous = sizes.has_projection ? V{} : load(before.at(row, unit));
+      Cell::template forward<Math<T>>(slot, h_previous, c, h);
+      if (saves)
+        for (int s = 0; s < Cell::slots; ++s) store(slots_row + s * sizes.hidden_padded + unit, slot[s]);
+      if constexpr (Cell::has_cell) {
+        store(cell, c);
+        if (saves) store(reserve.cells + packed_row * sizes.hidden_padded + unit, c);
+        if (ends) store_partial(state_row(layer.call.final_cell, row, sizes.hidden) + unit, c, count);
+      }
+      if (sizes.has_projection) {
+        store(b.hidden.at(row, unit), h);
+        if (saves) store(reserve.hidden + packed_row * sizes.hidden_padded + unit, h);
+      } else {
+        emit(h, unit, count, t, row, ends, after);
+      }
+    }
+
+    FS_INLINE void emit(V h, int64_t column, int64_t count, int64_t t, int64_t row, bool ends, BlockedRows<T> after) {
+      store(after.at(row, column), h);
+      store_partial(y.at(t, row) + column, h, count);
+      if (ends) store_partial(state_row(layer.call.final_hidden, row, sizes.output) + column, h, count);
+    }
+
+    // Pre-activations of `count` units of one row, straight from the unpacked weights.
+    FS_INLINE void direct_slots(V (&slot)[Cell::slots], int64_t unit, int64_t count, const T* slots_row,
+                                BlockedRows<T> before, int64_t t, int64_t row) {
+      for (int s = 0; s < Cell::slots; ++s) {
+        int64_t column = s * sizes.hidden_padded + unit;
+        if (is_input_slot(s) && !layer.direct_input) {
+          slot[s] = load(slots_row + column);
+        } else {
+          slot[s] = load(b.bias + column);
+          if (is_input_slot(s))
+            slot[s] = dot_rows((const T*)weights.input + (Cell::gate_of_input(s - Cell::input_first) * sizes.hidden + unit) * sizes.input,
+                               minimum(L, count), plain_row<T>(x.at(t, row)), sizes.input, slot[s]);
+        }
+        if (is_hidden_slot(s))
+          slot[s] = dot_rows((const T*)weights.hidden + (Cell::gate_of_hidden(s - Cell::hidden_first) * sizes.hidden + unit) * sizes.output,
+                             minimum(L, count), blocked_row(before, row), sizes.output, slot[s]);
+      }
+    }
+
+    // h = W_hr (o * tanh(c)) for one block of outputs.
+    FS_INLINE void project_block(int64_t block, Range rows, int64_t t, int64_t ending, BlockedRows<T> after) {
+      alignas(64) static constexpr T zeros[W] = {};
+      alignas(64) T scratch[block_rows * W];  // [row][W]
+      int64_t column = block * W;
+      if (!layer.direct_hidden)
+        multiply_panel(b.hidden, rows.begin, rows.count(), 0, sizes.hidden, b.packed_projection + block * sizes.hidden * W,
+                       zeros, 0, scratch, W);
+      for (int64_t row = rows.begin; row < rows.end; ++row)
+        for (int64_t v = 0; v < 2; ++v) {
+          int64_t first = column + v * L, count = sizes.output - first;
+          if (count <= 0) break;
+          V h = layer.direct_hidden
+                    ? dot_rows((const T*)weights.projection + first * sizes.hidden, minimum(L, count),
+                               blocked_row(b.hidden, row), sizes.hidden, V{})
+                    : keep_lanes<T>(load(scratch + (row - rows.begin) * W + v * L), count);
+          emit(h, first, count, t, row, row >= ending, after);
+        }
+    }
+  };
+};
+
+template <class T, class Cell>
+int rnn_forward(const fastseq_rnn_forward* call) {
+  return RnnForward<T, Cell>(*call).run();
+}
+
+}  // namespace
+}  // namespace fastseq::FS_ISA

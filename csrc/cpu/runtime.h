@@ -1,0 +1,19 @@
+// What the kernels need from the process: threads, a scratch arena, a barrier. Implemented once, in runtime.cpp, for the
+// plainest instruction set, so that per-ISA objects share no inline code with it.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+extern "C" {
+// Calls body(context, rank, size) for rank 0 ... size-1 at the same time, size <= threads, through the process's one OpenMP
+// runtime. Denormals are flushed inside and the caller's floating-point mode is restored.
+void fastseq_run_parallel(int threads, void (*body)(void* context, int rank, int size), void* context);
+
+// Scratch memory of the calling thread, 64-byte aligned, valid until its next call; NULL when memory is out. One block per
+// thread that grows to the largest request and is given back when that was large: no shape-keyed cache.
+void* fastseq_workspace(size_t bytes);
+
+// One turn of waiting: a pause first, the processor given away after `turn` grows large.
+void fastseq_wait_turn(int turn);
+}

@@ -1,0 +1,155 @@
+// Vectors of one register, by the compiler's vector extensions: + - * / and comparisons are operators, so one text serves
+// SSE, AVX2, AVX-512 and NEON. Intrinsics only where no operator exists: the fused multiply-add. It is always explicit and
+// contraction is off in this library, so that an expression has the same bits wherever it is inlined.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define FS_INLINE inline __attribute__((always_inline))
+#define FS_NOINLINE __attribute__((noinline))
+
+#if defined(__AVX512F__)
+#define FS_VECTOR_BYTES 64
+#define FS_TILE_ROWS 14
+#elif defined(__AVX2__)
+#define FS_VECTOR_BYTES 32
+#define FS_TILE_ROWS 6
+#elif defined(__aarch64__)
+#define FS_VECTOR_BYTES 16
+#define FS_TILE_ROWS 12
+#else
+#define FS_VECTOR_BYTES 16
+#define FS_TILE_ROWS 6
+#endif
+
+namespace fastseq::FS_ISA {
+namespace {
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float Value __attribute__((vector_size(FS_VECTOR_BYTES)));
+  typedef int32_t Integer __attribute__((vector_size(FS_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double Value __attribute__((vector_size(FS_VECTOR_BYTES)));
+  typedef int64_t Integer __attribute__((vector_size(FS_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::Value;
+template <class T>
+using IntVec = typename VectorOf<T>::Integer;
+
+template <class T>
+inline constexpr int lanes = FS_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+FS_INLINE Vec<T> load(const T* pointer) {
+  Vec<T> value;
+  memcpy(&value, pointer, sizeof(value));
+  return value;
+}
+template <class T>
+FS_INLINE void store(T* pointer, Vec<T> value) {
+  memcpy(pointer, &value, sizeof(value));
+}
+template <class T>
+FS_INLINE Vec<T> broadcast(T value) {
+  return value - Vec<T>{};  // x - 0 keeps -0, Inf and NaN, and compiles to one broadcast
+}
+
+// The first `count` lanes; the others read as zero and are not written. 0 <= count <= lanes.
+template <class T>
+FS_INLINE Vec<T> load_partial(const T* pointer, int64_t count) {
+  if (count >= lanes<T>) return load(pointer);
+  alignas(FS_VECTOR_BYTES) T buffer[lanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i) buffer[i] = pointer[i];
+  return load(buffer);
+}
+template <class T>
+FS_INLINE void store_partial(T* pointer, Vec<T> value, int64_t count) {
+  if (count >= lanes<T>) return store(pointer, value);
+  alignas(FS_VECTOR_BYTES) T buffer[lanes<T>];
+  store(buffer, value);
+  for (int64_t i = 0; i < count; ++i) pointer[i] = buffer[i];
+}
+
+// a * b + c and c - a * b, rounded once where the instruction set has it.
+FS_INLINE Vec<float> fused_multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+FS_INLINE Vec<double> fused_multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
+template <class V>
+FS_INLINE V fused_negate_multiply_add(V a, V b, V c) {
+  return fused_multiply_add(-a, b, c);
+}
+
+// Lane i of the result is the sum of the lanes of rows[i]: log2(lanes) rounds of pairwise adds, a fixed order.
+template <class T, int Stride, int Count>
+FS_INLINE Vec<T> transpose_add(Vec<T>* rows) {
+  if constexpr (Count == 1) {
+    return rows[0];
+  } else {
+    IntVec<T> low, high;
+    for (int i = 0; i < lanes<T>; ++i) {
+      // Groups of 2 * Stride lanes: the first Stride come from one vector, the next from the other.
+      int group = i / (2 * Stride), place = i % (2 * Stride);
+      int source = (place < Stride ? 0 : lanes<T>) + group * 2 * Stride + place % Stride;
+      low[i] = source;
+      high[i] = source + Stride;
+    }
+    for (int i = 0; i < Count / 2; ++i)
+      rows[i] = __builtin_shuffle(rows[2 * i], rows[2 * i + 1], low) +
+                __builtin_shuffle(rows[2 * i], rows[2 * i + 1], high);
+    return transpose_add<T, Stride * 2, Count / 2>(rows);
+  }
+}
+
+// Transposes a lanes x lanes block held in registers.
+template <class T, int Stride = 1>
+FS_INLINE void transpose(Vec<T>* rows) {
+  if constexpr (Stride < lanes<T>) {
+    IntVec<T> low, high;
+    for (int i = 0; i < lanes<T>; ++i) {
+      bool second = (i / Stride) % 2;
+      low[i] = second ? lanes<T> + i - Stride : i;
+      high[i] = second ? lanes<T> + i : i + Stride;
+    }
+    for (int i = 0; i < lanes<T>; ++i) {
+      if ((i / Stride) % 2) continue;
+      Vec<T> first = rows[i], other = rows[i + Stride];
+      rows[i] = __builtin_shuffle(first, other, low);
+      rows[i + Stride] = __builtin_shuffle(first, other, high);
+    }
+    transpose<T, Stride * 2>(rows);
+  }
+}
+
+}  // namespace
+}  // namespace fastseq::FS_ISA

@@ -1,0 +1,199 @@
+"""What runs: the backend, the instruction-set tier, the threads; and what this machine offers.
+
+Environment, read when the kernels are first needed:
+
+``FASTSEQ_BACKEND``
+    ``cpu`` (the compiled kernels, the default) or ``reference`` (plain torch operators).
+``FASTSEQ_ISA``
+    a tier of :func:`capabilities` ``["isa_built"]``, e.g. ``avx2``. Default: the best usable one.
+
+A name that is unknown or that this processor cannot run raises :class:`ValueError`: a measurement
+must never silently have come from other code than was asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+__all__ = [
+    "BACKENDS",
+    "backend",
+    "backend_name",
+    "capabilities",
+    "extension",
+    "fma_peak_gflops",
+    "isa",
+    "set_isa",
+]
+
+BACKENDS = ("cpu", "reference")
+
+_extension: ModuleType | None = None
+_extension_error: str | None = None
+_backend: str | None = None
+
+
+def extension() -> ModuleType:
+    """The compiled kernels, loaded at the first call.
+
+    Raises:
+        ImportError: there is no compiled extension for this Python.
+        ValueError: ``FASTSEQ_ISA`` names no tier that this processor runs.
+    """
+    global _extension, _extension_error
+    if _extension is None:
+        try:
+            from fastseq import _cpu
+        except ImportError as error:
+            _extension_error = str(error)
+            raise
+        _cpu.set_isa(os.environ.get("FASTSEQ_ISA") or _cpu.isa_usable()[-1])
+        _extension = _cpu
+    return _extension
+
+
+def backend_name() -> str:
+    """The backend that answers calls on CPU tensors."""
+    global _backend
+    if _backend is None:
+        _backend = _checked_backend(os.environ.get("FASTSEQ_BACKEND") or "cpu", "FASTSEQ_BACKEND")
+    return _backend
+
+
+def _checked_backend(name: str, argument: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{argument} must be one of {list(BACKENDS)}, got {name!r}")
+    if name == "cpu":
+        extension()
+    return name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the block with another backend: ``with fastseq.backend("reference"): ...``.
+
+    Raises:
+        ValueError: ``name`` is not in ``("cpu", "reference")``.
+    """
+    global _backend
+    checked = _checked_backend(name, "backend")
+    previous, _backend = backend_name(), checked
+    try:
+        yield
+    finally:
+        _backend = previous
+
+
+def set_isa(name: str) -> None:
+    """Use the kernels of tier ``name`` from now on.
+
+    A forward and its backward must run on the same tier: what one saves, the other reads.
+
+    Raises:
+        ValueError: the tier is not in this build or this processor does not run it.
+    """
+    extension().set_isa(name)
+
+
+@contextmanager
+def isa(name: str) -> Iterator[None]:
+    """Run the block on another instruction-set tier: ``with fastseq.isa("avx2"): ...``.
+
+    Raises:
+        ValueError: the tier is not in this build or this processor does not run it.
+    """
+    kernels = extension()
+    previous = kernels.isa()
+    kernels.set_isa(name)
+    try:
+        yield
+    finally:
+        kernels.set_isa(previous)
+
+
+def fma_peak_gflops(dtype: str = "float32", threads: int | None = None) -> float:
+    """Multiply-add peak of the chosen tier in GFLOP/s, measured now (about 0.2 s).
+
+    Args:
+        dtype: ``"float32"`` or ``"float64"``.
+        threads: how many threads; default: as many as torch uses.
+    """
+    kernels = extension()
+    if threads is None:
+        threads = _threads()
+    return float(kernels.fma_gflops(("float32", "float64").index(dtype), threads, 0.2))
+
+
+def _threads() -> int:
+    if "torch" in sys.modules:
+        import torch
+
+        return torch.get_num_threads()
+    return int(extension().max_threads())
+
+
+def capabilities() -> dict[str, Any]:
+    """What this build and this machine can do, as a plain dict (see ``python -m fastseq.info``)."""
+    from fastseq import __version__
+
+    result: dict[str, Any] = {
+        "version": __version__,
+        "cpu": _cpu_name(),
+        "isa_built": [],
+        "isa_usable": [],
+        "isa_chosen": None,
+        "backend": _backend or os.environ.get("FASTSEQ_BACKEND") or "cpu",
+        "threads": os.cpu_count() or 1,
+        "openmp": None,
+        "caches_bytes": _caches_bytes(),
+        "extension": {"available": True, "reason": None},
+        "cuda": {"available": False, "reason": "this version has no CUDA kernels"},
+    }
+    try:
+        kernels = extension()
+    except ImportError as error:
+        result["extension"] = {"available": False, "reason": str(error)}
+        return result
+    result.update(
+        isa_built=kernels.isa_built(),
+        isa_usable=kernels.isa_usable(),
+        isa_chosen=kernels.isa(),
+        threads=_threads(),
+        openmp=kernels.openmp_library(),
+    )
+    return result
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _caches_bytes() -> dict[str, int]:
+    """Data caches of the first core by level, as Linux lists them."""
+    sizes: dict[str, int] = {}
+    units = {"K": 1024, "M": 1024**2, "G": 1024**3}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level = (index / "level").read_text().strip()
+            kind = (index / "type").read_text().strip()
+            size = (index / "size").read_text().strip()
+        except OSError:
+            continue
+        if kind == "Instruction":
+            continue
+        name = "L1d" if level == "1" else f"L{level}"
+        sizes[name] = int(size[:-1]) * units[size[-1]] if size[-1] in units else int(size)
+    return sizes

@@ -1,0 +1,63 @@
+from torch import Tensor
+
+CELLS: dict[str, int]
+UNARY: dict[str, int]
+
+def isa_built() -> list[str]: ...
+def isa_usable() -> list[str]: ...
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def openmp_library() -> str | None: ...
+def max_threads() -> int: ...
+def fma_gflops(dtype: int, threads: int, seconds: float) -> float: ...
+def unary(function: int, dtype: int, input: Tensor, output: Tensor) -> None: ...
+def rnn_reserve_bytes(
+    cell: int, dtype: int, rows: int, hidden_size: int, projection_size: int, directions: int
+) -> int: ...
+def rnn_forward(
+    cell: int,
+    dtype: int,
+    threads: int,
+    sizes: tuple[int, int, int, int, int, int],
+    x: Tensor,
+    x_strides: tuple[int, int],
+    y: Tensor,
+    y_strides: tuple[int, int],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    h_n: Tensor,
+    c_n: Tensor | None,
+    weights: list[Tensor] | tuple[Tensor, ...],
+    biases: bool,
+    reserve: Tensor | None,
+    batch_sizes: Tensor | None,
+    row_order: Tensor | None,
+    packed: bool,
+) -> None: ...
+def rnn_backward(
+    cell: int,
+    dtype: int,
+    threads: int,
+    sizes: tuple[int, int, int, int, int, int],
+    x: Tensor,
+    x_strides: tuple[int, int],
+    y: Tensor,
+    y_strides: tuple[int, int],
+    grad_y: Tensor | None,
+    grad_y_strides: tuple[int, int],
+    grad_x: Tensor | None,
+    grad_x_strides: tuple[int, int],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    grad_h0: Tensor | None,
+    grad_c0: Tensor | None,
+    weights: list[Tensor] | tuple[Tensor, ...],
+    grad_weights: list[Tensor | None],
+    biases: bool,
+    reserve: Tensor,
+    batch_sizes: Tensor | None,
+    row_order: Tensor | None,
+    packed: bool,
+) -> None: ...

@@ -1,0 +1,399 @@
+"""Every op of fastseq: schema, kernel, fake kernel and autograd formula, all of them here.
+
+There are two ways into a layer. Plain tensors in eager mode go straight to the backend, inside an
+``autograd.Function`` when a gradient is wanted: the dispatcher would add several microseconds to
+calls that take as few themselves. Everything else (``torch.compile``, ``torch.export``, fake
+tensors, dispatch modes) meets the registered ops ``fastseq::rnn_forward`` and
+``fastseq::rnn_backward``. ``torch.func`` transforms, forward-mode AD and double backward are
+answered by the reference composite, which is made of differentiable torch operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastseq import _config
+from fastseq.backends import reference
+
+__all__ = ["rnn_cell", "rnn_layer"]
+
+Outputs = tuple[Tensor, Tensor, Tensor | None]
+
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+
+# Everything about a layer that is not a tensor: (cell, has_biases, proj_size, bidirectional, batch_first).
+Options = tuple[str, bool, int, bool, bool]
+
+_library = torch.library.Library("fastseq", "DEF")
+_library.define(
+    "rnn_forward(Tensor input, Tensor? hx, Tensor? cx, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
+    "str cell, bool has_biases, int proj_size, bool bidirectional, bool batch_first, bool save) "
+    "-> (Tensor output, Tensor hy, Tensor cy, Tensor reserve)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_library.define(
+    "rnn_backward(Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor input, Tensor? hx, Tensor? cx, "
+    "Tensor[] weights, Tensor output, Tensor reserve, Tensor? batch_sizes, Tensor? lengths, "
+    "str cell, bool has_biases, int proj_size, bool bidirectional, bool batch_first, bool[] needs) "
+    "-> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+
+
+def _cpu() -> Any:
+    from fastseq.backends import cpu
+
+    return cpu
+
+
+# --- kernels. An op returns tensors only: one without elements stands for "none".
+
+
+@torch.library.impl(_library, "rnn_forward", "CPU")
+def _rnn_forward(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    cell: str,
+    has_biases: bool,
+    proj_size: int,
+    bidirectional: bool,
+    batch_first: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = (cell, has_biases, proj_size, bidirectional, batch_first)
+    output, hy, cy, reserve = _cpu().rnn_forward(
+        input, hx, cx, weights, *options, batch_sizes, lengths, save
+    )
+    return output, hy, _or_empty(cy, input), _or_empty(reserve, input)
+
+
+@torch.library.impl(_library, "rnn_backward", "CPU")
+def _rnn_backward(
+    grad_output: Tensor | None,
+    grad_hy: Tensor | None,
+    grad_cy: Tensor | None,
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: list[Tensor],
+    output: Tensor,
+    reserve: Tensor,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    cell: str,
+    has_biases: bool,
+    proj_size: int,
+    bidirectional: bool,
+    batch_first: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    options = (cell, has_biases, proj_size, bidirectional, batch_first)
+    grads = (grad_output, grad_hy, grad_cy)
+    grad_input, grad_hx, grad_cx, grad_weights = _cpu().rnn_backward(
+        *grads, input, hx, cx, weights, output, reserve, *options, batch_sizes, lengths, needs
+    )
+    return (
+        _or_empty(grad_input, input),
+        _or_empty(grad_hx, input),
+        _or_empty(grad_cx, input),
+        [_or_empty(grad, input) for grad in grad_weights],
+    )
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if tensor is None else tensor
+
+
+# --- fake kernels: shapes without values
+
+
+@torch.library.register_fake("fastseq::rnn_forward", lib=_library)
+def _rnn_forward_fake(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    cell: str,
+    has_biases: bool,
+    proj_size: int,
+    bidirectional: bool,
+    batch_first: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cpu = _cpu()
+    directions = 2 if bidirectional else 1
+    hidden = weights[0].shape[0] // cpu.GATES[cell]
+    width = proj_size or hidden
+    if batch_sizes is None:
+        batch = input.shape[0 if batch_first else 1]
+        rows = input.shape[0] * input.shape[1]
+    elif hx is not None:
+        batch, rows = hx.shape[1], input.shape[0]
+    else:
+        # The widest step is a value of batch_sizes, unknown while a graph is recorded.
+        batch, rows = torch.library.get_ctx().new_dynamic_size(), input.shape[0]
+    output = input.new_empty((*input.shape[:-1], directions * width))
+    hy = input.new_empty((directions, batch, width))
+    cy = input.new_empty((directions, batch, hidden) if cell == "lstm" else 0)
+    elements = cpu.rnn_reserve_elements(cell, rows, hidden, proj_size, directions) if save else 0
+    return output, hy, cy, input.new_empty(elements)
+
+
+@torch.library.register_fake("fastseq::rnn_backward", lib=_library)
+def _rnn_backward_fake(
+    grad_output: Tensor | None,
+    grad_hy: Tensor | None,
+    grad_cy: Tensor | None,
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: list[Tensor],
+    output: Tensor,
+    reserve: Tensor,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    cell: str,
+    has_biases: bool,
+    proj_size: int,
+    bidirectional: bool,
+    batch_first: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    def grad_of(tensor: Tensor | None, needed: bool) -> Tensor:
+        return input.new_empty(tensor.shape if tensor is not None and needed else 0)
+
+    return (
+        grad_of(input, needs[0]),
+        grad_of(hx, needs[1]),
+        grad_of(cx, needs[2]),
+        [grad_of(weight, needed) for weight, needed in zip(weights, needs[3:], strict=True)],
+    )
+
+
+# --- autograd of the ops
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, hx, cx, weights, batch_sizes, lengths, *options, _ = inputs
+    ctx.save_for_backward(input, hx, cx, batch_sizes, lengths, output[0], output[3], *weights)
+    ctx.options = tuple(options)
+    ctx.mark_non_differentiable(output[3])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any,
+    grad_output: Tensor | None,
+    grad_hy: Tensor | None,
+    grad_cy: Tensor | None,
+    _grad_reserve: Tensor | None,
+) -> tuple[Any, ...]:
+    input, hx, cx, batch_sizes, lengths, output, reserve, *weights = ctx.saved_tensors
+    needs_input, needs_hx, needs_cx, needs_weights, *_ = ctx.needs_input_grad
+    if isinstance(needs_weights, bool):
+        needs_weights = [needs_weights] * len(weights)
+    needs = [needs_input, needs_hx, needs_cx, *needs_weights]
+    if ctx.options[0] != "lstm":
+        grad_cy = None
+    grads = (grad_output, grad_hy, grad_cy)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        result = _differentiable_backward(
+            grads, input, hx, cx, weights, ctx.options, batch_sizes, lengths, needs
+        )
+    else:
+        result = torch.ops.fastseq.rnn_backward(
+            *grads, input, hx, cx, weights, output, reserve, batch_sizes, lengths, *ctx.options, needs
+        )
+    grad_input, grad_hx, grad_cx, grad_weights = result
+    return (
+        grad_input if needs_input else None,
+        grad_hx if needs_hx else None,
+        grad_cx if needs_cx else None,
+        [grad if needed else None for grad, needed in zip(grad_weights, needs[3:], strict=True)],
+        *(None,) * 8,
+    )
+
+
+torch.library.register_autograd(
+    "fastseq::rnn_forward", _backward, setup_context=_setup_context, lib=_library
+)
+
+
+def _differentiable_backward(
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    options: Options,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
+    """The gradients as a differentiable graph, for double backward: the composite, differentiated."""
+    sources = [input, hx, cx, *weights]
+    wanted = [tensor for tensor, needed in zip(sources, needs, strict=True) if needed]
+    with torch.enable_grad():
+        outputs = reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
+        pairs = [
+            (output, grad)
+            for output, grad in zip(outputs, grads, strict=True)
+            if output is not None and grad is not None
+        ]
+        found = iter(
+            torch.autograd.grad(
+                [output for output, _ in pairs],
+                wanted,
+                [grad for _, grad in pairs],
+                create_graph=True,
+                allow_unused=True,
+            )
+        )
+    grad_input, grad_hx, grad_cx, *grad_weights = [next(found) if n else None for n in needs]
+    return grad_input, grad_hx, grad_cx, grad_weights
+
+
+class _RnnLayer(torch.autograd.Function):
+    """The same formula for plain tensors, without the dispatcher in between."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        input: Tensor,
+        hx: Tensor | None,
+        cx: Tensor | None,
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        options: Options,
+        *weights: Tensor,
+    ) -> Outputs:
+        output, hy, cy, reserve = _cpu().rnn_forward(
+            input, hx, cx, weights, *options, batch_sizes, lengths, True
+        )
+        ctx.save_for_backward(input, hx, cx, batch_sizes, lengths, output, reserve, *weights)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return output, hy, cy
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_output: Tensor | None, grad_hy: Tensor | None, grad_cy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        input, hx, cx, batch_sizes, lengths, output, reserve, *weights = ctx.saved_tensors
+        needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[6:]]
+        grads = (grad_output, grad_hy, grad_cy)
+        if torch.is_grad_enabled():
+            grad_input, grad_hx, grad_cx, grad_weights = _differentiable_backward(
+                grads, input, hx, cx, weights, ctx.options, batch_sizes, lengths, needs
+            )
+        else:
+            grad_input, grad_hx, grad_cx, grad_weights = _cpu().rnn_backward(
+                *grads, input, hx, cx, weights, output, reserve, *ctx.options, batch_sizes, lengths, needs
+            )
+        return grad_input, grad_hx, grad_cx, None, None, None, *grad_weights
+
+
+# --- entry points
+
+
+def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _is_plain(input: Tensor) -> bool:
+    """No transform, compiler, mode or subclass is watching: the backend may be called directly."""
+    return (
+        type(input) in _PLAIN_TYPES
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _wants_composite() -> bool:
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _config.backend_name() == "reference"
+    )
+
+
+def rnn_layer(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    cell: str,
+    has_biases: bool,
+    proj_size: int,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Outputs:
+    """One layer, all directions, differentiable. Arguments have been checked by the caller.
+
+    Args and returns: see :func:`fastseq.backends.reference.rnn_layer`.
+    """
+    options = (cell, has_biases, proj_size, bidirectional, batch_first)
+    if _is_plain(input):
+        if _wants_composite():
+            return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
+        if _needs_gradient((input, hx, cx, *weights)):
+            return _RnnLayer.apply(input, hx, cx, batch_sizes, lengths, options, *weights)
+        return _cpu().rnn_forward(input, hx, cx, weights, *options, batch_sizes, lengths, False)[:3]
+    if not torch.compiler.is_compiling() and _wants_composite():
+        return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
+    save = _needs_gradient((input, hx, cx, *weights))
+    output, hy, cy, _ = torch.ops.fastseq.rnn_forward(
+        input, hx, cx, list(weights), batch_sizes, lengths, *options, save
+    )
+    return output, hy, cy if cell == "lstm" else None
+
+
+def rnn_cell(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    cell: str,
+) -> tuple[Tensor, Tensor | None]:
+    """One step, differentiable: ``input`` (B, I), states (B, H); returns ``(hy, cy)``."""
+    tensors = [w_ih, w_hh]
+    has_biases = b_ih is not None or b_hh is not None
+    if has_biases:
+        tensors += [
+            w_ih.new_zeros(w_ih.size(0)) if b_ih is None else b_ih,
+            w_ih.new_zeros(w_ih.size(0)) if b_hh is None else b_hh,
+        ]
+    if (
+        _is_plain(input)
+        and not _wants_composite()
+        and not _needs_gradient((input, hx, cx, *tensors))
+    ):
+        return _cpu().rnn_cell(input, hx, cx, tensors, cell, has_biases)
+    _, hy, cy = rnn_layer(
+        input.unsqueeze(0),
+        hx.unsqueeze(0),
+        None if cx is None else cx.unsqueeze(0),
+        tensors,
+        cell,
+        has_biases,
+        0,
+        False,
+        False,
+    )
+    return hy.squeeze(0), None if cy is None else cy.squeeze(0)
