@@ -22,7 +22,7 @@ struct ExpConstants<float> {
   static constexpr float inverse_ln2 = 1.44269504088896341f;
   static constexpr float round_magic = 0x1.8p23f;
   static constexpr float overflow = 88.722839f;     // exp rounds to Inf above
-  static constexpr float underflow = -87.3365448f;  // exp falls below the smallest normal number under it
+  static constexpr float underflow = -87.3365402f;  // exp falls below the smallest normal number under it
 };
 template <>
 struct ExpConstants<double> {

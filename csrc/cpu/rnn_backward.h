@@ -48,7 +48,7 @@ struct RnnBackward {
     capacity = chunk_capacity(sizes.rows, sizes.batch, chunk_target_rows);
     input_panels = (sizes.input + W - 1) / W;
     input_padded = input_panels * W;
-    output_padded = round_up(sizes.output, padded_multiple);
+    output_padded = round_up(sizes.output, padded_multiple) + padded_multiple;  // off the power of two
   }
 
   bool wants_grad_x() const { return call.grad_x.data != nullptr; }
@@ -68,7 +68,7 @@ struct RnnBackward {
       b.packed_projection = arena.take<T>(sizes.unit_blocks() * W * projection);
       b.grad_h = arena.take<T>(sizes.batch * output_padded);
       b.grad_cell = arena.take<T>(Cell::has_cell ? sizes.batch * sizes.hidden_padded : 0);
-      b.grad_slots = take_rows(arena, capacity, sizes.slot_stride());
+      b.grad_slots = take_rows(arena, capacity, sizes.slots * sizes.hidden_padded);
       b.grad_output = take_rows(arena, sizes.has_projection ? capacity : 0, projection);
       b.x_rows = arena.take<const T*>(capacity);
       b.h_rows = arena.take<const T*>(capacity);
@@ -203,7 +203,7 @@ struct RnnBackward {
                      hidden - block * W, sizes.projection, b.packed_projection + block * sizes.projection * W);
       // The products run over padded columns; beyond the hidden size the gradients are never written again.
       if (padded != hidden) {
-        Range share = split(BlockedRows<T>::size(b.grad_slots.rows, sizes.slot_stride()), team.size, team.rank);
+        Range share = split(BlockedRows<T>::size(b.grad_slots.rows, sizes.slots * sizes.hidden_padded), team.size, team.rank);
         memset(b.grad_slots.data + share.begin, 0, (size_t)share.count() * sizeof(T));
         team.wait();
       }
@@ -276,8 +276,10 @@ struct RnnBackward {
       for (int64_t i = 0; i < outputs.count(); ++i) {
         int64_t block = position % 2 ? outputs.end - 1 - i : outputs.begin + i;
         T* carried = b.grad_h + block * W;
-        multiply_panel(b.grad_slots, local, alive, Cell::hidden_first * sizes.hidden_padded, depth,
-                       b.packed_hidden + block * depth * W, carried, layer.output_padded, carried, layer.output_padded);
+        const T* panel = b.packed_hidden + block * depth * W;
+        multiply_panel(b.grad_slots, local, alive, Cell::hidden_first * sizes.hidden_padded, depth, panel,
+                       position % 2 ? panel - depth * W : panel + depth * W, carried, layer.output_padded, carried,
+                       layer.output_padded);
       }
     }
 
@@ -325,7 +327,8 @@ struct RnnBackward {
       alignas(64) static constexpr T zeros[W] = {};
       alignas(64) T scratch[block_rows * W];  // [row][W], dL/d(unprojected h)
       multiply_panel(b.grad_output, local + rows.begin, rows.count(), 0, sizes.projection,
-                     b.packed_projection + block * sizes.projection * W, zeros, 0, scratch, W);
+                     b.packed_projection + block * sizes.projection * W,
+                     b.packed_projection + (block + 1) * sizes.projection * W, zeros, 0, scratch, W);
       for (int64_t row = rows.begin; row < rows.end; ++row)
         for (int64_t unit = block * W; unit < minimum((block + 1) * W, sizes.hidden); unit += L)
           update_units(load(scratch + (row - rows.begin) * W + unit - block * W), V{}, unit, sizes.hidden - unit, t, row,
@@ -411,7 +414,7 @@ struct RnnBackward {
               const T* panel = panels + p * left.rows * W;
               if (width - p * W >= W)
                 run_tile<T, Walk::columns>(part.count(), a, panel, rows, first_chunk ? zeros : c, first_chunk ? 0 : width,
-                                           c, width);
+                                           c, width, own_panel_ahead(panel));
               else
                 edge_tile(part.count(), a, panel, rows, c, width, width - p * W, first_chunk);
             }
@@ -427,14 +430,19 @@ struct RnnBackward {
       alignas(64) T full[FS_TILE_ROWS * W] = {};  // [row][W]
       for (int64_t r = 0; r < tile_rows && !first_chunk; ++r)
         memcpy(full + r * W, c + r * c_stride, (size_t)columns * sizeof(T));
-      run_tile<T, Walk::columns>(tile_rows, a, panel, depth, full, W, full, W);
+      run_tile<T, Walk::columns>(tile_rows, a, panel, depth, full, W, full, W, own_panel_ahead(panel));
       for (int64_t r = 0; r < tile_rows; ++r) memcpy(c + r * c_stride, full + r * W, (size_t)columns * sizeof(T));
     }
 
     void bias_gradient(int64_t column, Range mine, int64_t rows, T* target /* [H] */, bool first_chunk) {
       for (int64_t m = mine.begin; m < mine.end; m += L) {
+        // Sums of sixteen rows, then the sum of those: one running sum over a chunk loses digits.
         V sum{};
-        for (int64_t row = 0; row < rows; ++row) sum += load(b.grad_slots.at(row, column + m));
+        for (int64_t first = 0; first < rows; first += 16) {
+          V part{};
+          for (int64_t row = first; row < minimum(first + 16, rows); ++row) part += load(b.grad_slots.at(row, column + m));
+          sum += part;
+        }
         int64_t count = mine.end - m;
         store_partial(target + m, first_chunk ? sum : load_partial(target + m, count) + sum, count);
       }

@@ -31,7 +31,7 @@ struct RnnForward {
     T* packed_hidden;      // [unit_blocks * hidden_count][R][W]
     T* packed_projection;  // [output_blocks][H][W]
     T* bias;               // [slots][hidden_padded]
-    T* chunk_slots;        // [chunk_capacity][slots][hidden_padded], inference only
+    T* chunk_slots;        // [chunk_capacity][slot_stride], inference only
     T* cell;               // [B][hidden_padded]
     BlockedRows<T> x;      // [chunk_capacity, I]
     BlockedRows<T> h[2];   // [B, R], the state before and after a step
@@ -65,7 +65,7 @@ struct RnnForward {
       b.packed_hidden = arena.take<T>(direct_hidden ? 0 : blocks * Cell::hidden_count * sizes.output * W);
       b.packed_projection =
           arena.take<T>(sizes.has_projection && !direct_hidden ? sizes.output_blocks() * sizes.hidden * W : 0);
-      b.bias = arena.take<T>(sizes.slot_stride());
+      b.bias = arena.take<T>(sizes.slots * sizes.hidden_padded);
       b.chunk_slots = arena.take<T>(call.reserve || direct_input ? 0 : capacity * sizes.slot_stride());
       b.cell = arena.take<T>(Cell::has_cell ? sizes.batch * sizes.hidden_padded : 0);
       b.x = take_rows(arena, direct_input ? 0 : capacity, sizes.input);
@@ -247,9 +247,12 @@ struct RnnForward {
       int64_t row_blocks = (alive + block_rows - 1) / block_rows;
       for (int64_t i = 0; i < units.count(); ++i) {
         // There and back: the blocks used last are the ones still in cache.
-        int64_t block = position % 2 ? units.end - 1 - i : units.begin + i;
+        bool backwards = position % 2;
+        int64_t block = backwards ? units.end - 1 - i : units.begin + i;
+        int64_t next = i + 1 < units.count() ? (backwards ? block - 1 : block + 1) : block;
+        const T* next_panels = b.packed_hidden + next * Cell::hidden_count * sizes.output * W;
         for (int64_t j = 0; j < row_blocks; ++j)
-          update_block(block, split(alive, row_blocks, j), t, ending, chunk_first, before, after);
+          update_block(block, split(alive, row_blocks, j), t, ending, chunk_first, before, after, next_panels);
       }
       if (sizes.has_projection) {
         team.wait();
@@ -268,7 +271,7 @@ struct RnnForward {
 
     // Product and cell update for one block of units and a few rows; the pre-activations stay in L1 between the two.
     FS_INLINE void update_block(int64_t block, Range rows, int64_t t, int64_t ending, int64_t chunk_first,
-                                BlockedRows<T> before, BlockedRows<T> after) {
+                                BlockedRows<T> before, BlockedRows<T> after, const T* next_panels) {
       alignas(64) T scratch[Cell::slots * block_rows * W];  // [slots][row][W]
       int64_t unit = block * W;
       int64_t packed_row = table.first_row[t];
@@ -278,8 +281,9 @@ struct RnnForward {
           int64_t column = s * sizes.hidden_padded + unit;
           bool has_input = is_input_slot(s);
           const T* init = has_input ? slots_at(packed_row + rows.begin, chunk_first) + column : b.bias + column;
-          multiply_panel(before, rows.begin, rows.count(), 0, sizes.output,
-                         b.packed_hidden + (block * Cell::hidden_count + i) * sizes.output * W, init,
+          const T* panel = b.packed_hidden + (block * Cell::hidden_count + i) * sizes.output * W;
+          multiply_panel(before, rows.begin, rows.count(), 0, sizes.output, panel,
+                         i + 1 < Cell::hidden_count ? panel + sizes.output * W : next_panels, init,
                          has_input ? sizes.slot_stride() : 0, scratch + s * block_rows * W, W);
         }
       }
@@ -357,7 +361,7 @@ struct RnnForward {
       int64_t column = block * W;
       if (!layer.direct_hidden)
         multiply_panel(b.hidden, rows.begin, rows.count(), 0, sizes.hidden, b.packed_projection + block * sizes.hidden * W,
-                       zeros, 0, scratch, W);
+                       b.packed_projection + (block + 1) * sizes.hidden * W, zeros, 0, scratch, W);
       for (int64_t row = rows.begin; row < rows.end; ++row)
         for (int64_t v = 0; v < 2; ++v) {
           int64_t first = column + v * L, count = sizes.output - first;

@@ -30,7 +30,10 @@ struct LayerSizes {
     for (int64_t t = 0; t < steps; ++t) rows += shape.batch_sizes ? shape.batch_sizes[t] : batch;
   }
 
-  int64_t slot_stride() const { return slots * hidden_padded; }            // elements per row of the slot array
+  // Elements per row of the slot array. The pad keeps the rows of a tile out of each other's cache sets when the slots make
+  // up a power of two.
+  int64_t slot_stride() const { return slot_row(hidden_padded); }
+  static int64_t slot_row(int64_t padded) { return slots * padded + padded_multiple; }
   int64_t unit_blocks() const { return (hidden + panel_width<T> - 1) / panel_width<T>; }
   int64_t output_blocks() const { return (output + panel_width<T> - 1) / panel_width<T>; }
 };
@@ -38,13 +41,13 @@ struct LayerSizes {
 // The reserve, per direction: activated slots, cell states, and (with a projection) the unprojected outputs.
 template <class T, class Cell>
 struct Reserve {
-  T* slots;   // [rows][slots][hidden_padded]
+  T* slots;   // [rows][slots][hidden_padded], rows slot_stride() apart
   T* cells;   // [rows][hidden_padded], cells with a cell state
   T* hidden;  // [rows][hidden_padded], only with a projection
 
   static int64_t direction_size(int64_t rows, int64_t hidden, bool has_projection) {
-    int64_t per_row = Cell::slots + (Cell::has_cell ? 1 : 0) + (has_projection ? 1 : 0);
-    return rows * per_row * round_up(hidden, padded_multiple);
+    int64_t padded = round_up(hidden, padded_multiple);
+    return rows * (LayerSizes<T, Cell>::slot_row(padded) + ((Cell::has_cell ? 1 : 0) + (has_projection ? 1 : 0)) * padded);
   }
   Reserve(T* base, const LayerSizes<T, Cell>& sizes, int64_t direction) {
     base += direction * direction_size(sizes.rows, sizes.hidden, sizes.has_projection);

@@ -19,7 +19,8 @@ _backward = _kernels.rnn_backward
 _threads = torch.get_num_threads
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-# Values per unit and step that backward needs; csrc/cells calls them slots, a cell state counts as one more.
+# Values per unit and step that backward needs; csrc/cells calls them slots, a cell state counts as
+# one more.
 _SAVED = {"lstm": 5, "gru": 4, "rnn_tanh": 1, "rnn_relu": 1}
 _PADDED_MULTIPLE = 32  # csrc/cpu/gemm.h: padded_multiple
 
@@ -29,7 +30,8 @@ def rnn_reserve_elements(
 ) -> int:
     """Elements of the tensor in which forward keeps what backward needs (also with symbolic sizes)."""
     padded = (hidden_size + _PADDED_MULTIPLE - 1) // _PADDED_MULTIPLE * _PADDED_MULTIPLE
-    return rows * directions * padded * (_SAVED[cell] + (1 if proj_size else 0))
+    saved = _SAVED[cell] + (1 if proj_size else 0)
+    return rows * directions * (padded * saved + _PADDED_MULTIPLE)
 
 
 class _Rows(NamedTuple):

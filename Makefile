@@ -1,0 +1,66 @@
+# Everything a fresh clone needs: Python >= 3.10, a C++ compiler and make.
+PYTHON ?= python3
+VENV   ?= .venv
+# torch goes in first and pinned: left to the resolver, a newer build would be downloaded.
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+# What the compiled part depends on; a change in a plain .py file needs no new install.
+BUILD_INPUTS := pyproject.toml $(wildcard CMakeLists.txt) \
+  $(shell find cmake csrc fastseq -name '*.cpp' -o -name '*.h' -o -name '*.def' -o -name '*.cmake' \
+          -o -name 'CMakeLists.txt' -o -name '*.pyx' -o -name '*.pxd' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench report lint format clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+demo: $(VENV)/.installed  ## train the same model with torch.nn and fastseq.nn, side by side
+	$(BIN)/python examples/next_character.py $(ARGS)
+
+test: $(VENV)/.installed  ## run the test suite
+	$(BIN)/python -m pytest -q $(ARGS)
+
+bench: $(VENV)/.bench  ## time the layers against torch.nn (pytest-benchmark)
+	$(BIN)/python -m pytest -q benchmarks --benchmark-only $(ARGS)
+
+report: $(VENV)/.bench  ## measure every peer, then redo the README's tables and picture
+	$(BIN)/python -m fastseq.bench run --suite rnn --json benchmarks/results/rnn.json $(ARGS)
+	$(BIN)/python -m fastseq.bench readme benchmarks/results/rnn.json README.md
+	$(BIN)/python -m fastseq.bench plot benchmarks/results/rnn.json --output docs/figures/rnn-speedups.svg
+
+lint: $(VENV)/.lint  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.lint  ## rewrite the files in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "fastseq needs Python 3.10 or newer: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install '$(TORCH)'
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
+	$(PIP) install -e '.[test]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(PIP) install -e '.[test,bench]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.installed
+	$(PIP) install -e '.[test,lint]'
+	@touch $@

@@ -1,0 +1,81 @@
+"""fastseq: fused sequence-model kernels under the API of :mod:`torch.nn`.
+
+Importing the package is cheap: torch and the kernels are loaded when a name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastseq import functional, nn
+    from fastseq._config import backend, capabilities, isa, set_isa
+    from fastseq.backends import FastseqFallbackWarning
+    from fastseq.convert import Report, convert, revert
+
+try:
+    __version__ = version("fastseq")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0.0.0+unknown"
+
+# Public name -> the submodule that holds it.
+_HOME = {
+    "FastseqFallbackWarning": "backends",
+    "Report": "convert",
+    "backend": "_config",
+    "capabilities": "_config",
+    "convert": "convert",
+    "isa": "_config",
+    "revert": "convert",
+    "set_isa": "_config",
+}
+_SUBMODULES = ("functional", "nn")
+
+__all__ = [
+    "FastseqFallbackWarning",
+    "Report",
+    "__version__",
+    "backend",
+    "capabilities",
+    "convert",
+    "functional",
+    "isa",
+    "nn",
+    "revert",
+    "set_isa",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"fastseq.{_HOME[name]}"), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"fastseq.{name}")
+    else:
+        raise AttributeError(f"module 'fastseq' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps ``fastseq.convert`` the function.
+
+    Importing the submodule ``fastseq.convert`` makes the import system bind the module to that
+    same name of the package, which would hide the function from then on.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "convert" and isinstance(value, ModuleType):
+            value = value.convert
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

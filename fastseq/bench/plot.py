@@ -1,0 +1,131 @@
+"""The picture of the README: speed-up over torch for every case, losses included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastseq.bench.cases import GATES
+from fastseq.bench.runner import TORCH, CaseResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Readable on white and on the usual dark grey alike; the ink is switched by the style sheet below.
+_INK = "#24292f"
+_INK_ON_DARK = "#e6edf3"
+_COLOURS = {"inference": "#2f81c7", "training": "#2e9e6b"}
+_LOSS = "#d9534f"
+_STYLE = (
+    "<style>@media (prefers-color-scheme: dark) {"
+    f'[style*="fill: {_INK}"] {{ fill: {_INK_ON_DARK} !important; }}'
+    f'[style*="stroke: {_INK}"] {{ stroke: {_INK_ON_DARK} !important; }}'
+    "}</style>"
+)
+
+
+def _labelled(results: Sequence[CaseResult], layer: str) -> dict[str, dict[str, float | None]]:
+    """Speed-ups of one layer by row label, then by direction."""
+    rows: dict[str, dict[str, float | None]] = {}
+    for result in results:
+        case = result.case
+        # Denormal numbers slow torch down so much that they would flatten all other bars.
+        if case.layer != layer or case.options.denormal:
+            continue
+        label = f"T{case.T} B{case.B} H{case.H}"
+        extra = case.options.suffix().strip("-").replace("-", " ")
+        if extra:
+            label += f"\n{extra}"
+        rows.setdefault(label, {})[case.direction] = result.speedup(TORCH)
+    return rows
+
+
+def _draw_layer(axes: Axes, rows: dict[str, dict[str, float | None]], slots: int) -> None:
+    height = 0.36
+    for row, speedups in enumerate(rows.values()):
+        for direction, speedup in speedups.items():
+            if len(speedups) == 1:
+                offset = 0.0
+            else:
+                offset = -height / 2 if direction == "inference" else height / 2
+            if speedup is None:
+                axes.text(1.03, row + offset, "gate failed", color=_LOSS, va="center", fontsize=7)
+                continue
+            colour = _COLOURS[direction] if speedup >= 1 else _LOSS
+            hatch = None if direction == "inference" else "////"
+            axes.barh(
+                row + offset,
+                speedup - 1,
+                left=1,
+                height=height,
+                color=colour,
+                hatch=hatch,
+                edgecolor="#ffffff66",
+                linewidth=0,
+            )
+            edge = max(speedup, 1.0) * 1.04
+            axes.text(edge, row + offset, f"{speedup:.2f}", color=_INK, va="center", fontsize=7)
+    axes.axvline(1, color=_INK, linewidth=0.8)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
+    axes.set_ylim(slots - 0.5, -0.5)  # first case on top, bars equally thick in every column
+
+
+def _finish(axes: Axes, layer: str, limits: tuple[float, float]) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axes.set_xscale("log")
+    axes.set_xlim(*limits)
+    ticks = [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if limits[0] <= t <= limits[1]]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axes.set_title(layer.upper(), color=_INK, fontsize=10, loc="left")
+    axes.tick_params(colors=_INK, length=2, labelsize=7)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(_INK)
+
+
+def draw(results: Sequence[CaseResult], machine: dict[str, Any], path: Path) -> None:
+    """Write the picture as SVG.
+
+    Args:
+        results: What to show.
+        machine: Record of the machine, for the caption.
+        path: Where to write.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    groups = {layer: rows for layer in GATES if (rows := _labelled(results, layer))}
+    speedups = [s for rows in groups.values() for row in rows.values() for s in row.values() if s]
+    if not speedups:
+        raise ValueError("no case was timed, there is nothing to draw")
+    limits = (min(0.8, *speedups) * 0.9, max(2.0, *speedups) * 1.5)
+    # One column of axes per layer; the layer with most cases sets the height.
+    tallest = max(len(rows) for rows in groups.values())
+    figure = Figure(figsize=(3.6 * len(groups), 0.42 * tallest + 1.2), layout="constrained")
+    for column, (layer, rows) in enumerate(groups.items(), start=1):
+        axes = figure.add_subplot(1, len(groups), column)
+        _draw_layer(axes, rows, tallest)
+        _finish(axes, layer, limits)
+    handles = [Patch(color=colour, label=name) for name, colour in _COLOURS.items()]
+    handles[1].set_hatch("////")
+    handles.append(Patch(color=_LOSS, label="slower than torch"))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=3, frameon=False, labelcolor=_INK
+    )
+    figure.suptitle(
+        f"Speed-up over torch.nn, {machine['threads']} threads, {machine['cpu']}",
+        color=_INK,
+        fontsize=9,
+    )
+    # Fixed salt and no date: the same results give the same file.
+    with mpl.rc_context({"svg.hashsalt": "fastseq", "svg.fonttype": "none"}):
+        figure.savefig(
+            path, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
+    svg = path.read_text(encoding="utf-8")
+    path.write_text(svg.replace("<defs>", f"{_STYLE}\n <defs>", 1), encoding="utf-8")

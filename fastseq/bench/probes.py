@@ -1,0 +1,105 @@
+"""Extra questions asked of some cases: what else besides speed at one shape must hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+
+from fastseq.bench import memory
+from fastseq.bench.build import BuiltCase, build, input_tensor, layer_call
+from fastseq.bench.timing import interleave
+
+_NEW_SHAPES = 15
+_LATER_CALLS = 5
+
+
+class ProbeSkippedError(Exception):
+    """The probe cannot run here; the message says why."""
+
+
+def first_call(built: BuiltCase, suite: str, seconds: float) -> dict[str, float]:
+    """Time of the first call at a new shape over that of later calls at it."""
+    ratios = []
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        built.fastseq_layer(input_tensor(built.input))
+        for index in range(_NEW_SHAPES):
+            steps = built.case.T - index  # the layer has seen none of these
+            shape = (steps, built.case.B + 1, built.case.I)
+            layer_input = torch.randn(*shape, generator=generator)
+            times = []
+            for _ in range(1 + _LATER_CALLS):
+                start = perf_counter()
+                built.fastseq_layer(layer_input)
+                times.append(perf_counter() - start)
+            ratios.append(times[0] / statistics.median(times[1:]))
+    return {"first_call_over_later": statistics.median(ratios)}
+
+
+def shape_sweep(built: BuiltCase, suite: str, seconds: float) -> dict[str, float]:
+    """Memory that the second 500 of 1,000 different shapes add."""
+    if not memory.available():
+        raise ProbeSkippedError("reading a process's memory needs Linux")
+    return {
+        "shape_sweep_growth_bytes": memory.measure(built.case, "fastseq", "shapes", suite),
+        "shape_sweep_growth_bytes_torch": memory.measure(built.case, "torch", "shapes", suite),
+    }
+
+
+def peak_memory(built: BuiltCase, suite: str, seconds: float) -> dict[str, float]:
+    """Peak memory of one training step, ours and torch's."""
+    if not memory.available():
+        raise ProbeSkippedError("reading a process's memory needs Linux")
+    return {
+        "peak_memory_bytes": memory.measure(built.case, "fastseq", "peak", suite),
+        "peak_memory_bytes_torch": memory.measure(built.case, "torch", "peak", suite),
+    }
+
+
+def evaluation_mode(built: BuiltCase, suite: str, seconds: float) -> dict[str, float]:
+    """Forward in eval() without no_grad, over forward in train()."""
+    layer_input = built.input
+    training, evaluating = built.fastseq_layer, build(built.case).fastseq_layer.eval()
+    training.train()
+    with torch.enable_grad():
+        timings = interleave(
+            {"train": lambda: training(layer_input), "eval": lambda: evaluating(layer_input)},
+            seconds=seconds,
+        )
+    ratio = timings["eval"].median_s / timings["train"].median_s
+    return {"evaluation_over_training_forward": ratio}
+
+
+def denormal(built: BuiltCase, suite: str, seconds: float) -> dict[str, float]:
+    """Time with denormal inputs and states over the time with ordinary ones."""
+    options = dataclasses.replace(built.case.options, denormal=False)
+    ordinary = build(dataclasses.replace(built.case, options=options))
+    ordinary = dataclasses.replace(ordinary, state=_ordinary_state(built))
+    calls = {
+        "denormal": layer_call(built.fastseq_layer, built),
+        "ordinary": layer_call(ordinary.fastseq_layer, ordinary),
+    }
+    with torch.set_grad_enabled(built.case.direction == "training"):
+        timings = interleave(calls, seconds=seconds)
+    return {"denormal_over_ordinary": timings["denormal"].median_s / timings["ordinary"].median_s}
+
+
+def _ordinary_state(built: BuiltCase) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+    """A state of the same form, so that only the values differ."""
+    if isinstance(built.state, tuple):
+        hidden, cell = (torch.rand_like(state) for state in built.state)
+        return hidden, cell
+    return None if built.state is None else torch.rand_like(built.state)
+
+
+PROBES: dict[str, Callable[[BuiltCase, str, float], dict[str, float]]] = {
+    "first_call": first_call,
+    "shape_sweep": shape_sweep,
+    "peak_memory": peak_memory,
+    "evaluation_mode": evaluation_mode,
+    "denormal": denormal,
+}

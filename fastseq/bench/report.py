@@ -1,0 +1,226 @@
+"""Results as JSON, as a table on the terminal, and as the tables of the README."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastseq.bench.cases import GATES, Case, CaseOptions
+from fastseq.bench.gate import GateResult, TensorError
+from fastseq.bench.runner import ONNX, OURS, OURS_FUNCTIONAL, TORCH, CaseResult
+from fastseq.bench.timing import Timing
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FORMAT = 1
+NOTHING = "-"  # in a table cell
+
+
+def to_json(results: Sequence[CaseResult], machine: dict[str, Any], suite: str) -> dict[str, Any]:
+    """A result file: what was measured, on what, and the figures derived from it."""
+    records = []
+    for result in results:
+        record = asdict(result)
+        record["gate"]["passed"] = result.gate.passed
+        record["derived"] = {
+            "flops": result.case.flops(),
+            "bytes": result.case.bytes(),
+            "gflops": {peer: result.gflops(peer) for peer in result.timings},
+            "share_of_fma_peak": result.share_of_peak(),
+            "speedup_over_torch": result.speedup(TORCH),
+            "speedup_over_onnxruntime": result.onnx_speedup(),
+        }
+        records.append(record)
+    return {"format": FORMAT, "suite": suite, "machine": machine, "results": records}
+
+
+def from_json(document: dict[str, Any]) -> list[CaseResult]:
+    """The results in a file written by ``to_json``; derived figures are computed afresh."""
+    if document.get("format") != FORMAT:
+        raise ValueError(f"expected a result file of format {FORMAT}")
+    results = []
+    for record in document["results"]:
+        fields = dict(record["case"])
+        options = dict(fields.pop("options"))
+        options["probes"] = tuple(options["probes"])
+        case = Case(**fields, options=CaseOptions(**options))
+        gate = GateResult(tuple(TensorError(**error) for error in record["gate"]["errors"]))
+        timings = {peer: Timing(**timing) for peer, timing in record["timings"].items()}
+        results.append(
+            CaseResult(
+                case,
+                gate,
+                timings,
+                record["skipped"],
+                record["probes"],
+                record["fma_peak_gflops"],
+            )
+        )
+    return results
+
+
+def load(path: Path) -> tuple[list[CaseResult], dict[str, Any]]:
+    """Results and machine record of a file."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return from_json(document), document["machine"]
+
+
+def format_seconds(seconds: float) -> str:
+    """Three significant digits with a unit that suits them."""
+    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def format_ratio(ratio: float | None) -> str:
+    """A speed-up; a dash where there is none."""
+    return NOTHING if ratio is None else f"{ratio:.2f}x"
+
+
+def _spread(timing: Timing) -> str:
+    half = (timing.upper_quartile_s - timing.lower_quartile_s) / 2 / timing.median_s
+    return f"{format_seconds(timing.median_s)} ±{half:.0%}"
+
+
+def new_table() -> Table:
+    """An empty table for ``add_row``."""
+    from rich.table import Table
+
+    table = Table(title="median ± half the quartile range; more than 1x is faster than the peer")
+    table.add_column("case", no_wrap=True)
+    for heading in ("torch", "fastseq", "vs torch", "vs onnxruntime", "GFLOP/s", "of FMA peak"):
+        table.add_column(heading, justify="right")
+    table.add_column("gate")
+    return table
+
+
+def add_row(table: Table, result: CaseResult) -> None:
+    """Append one result; a failed gate shows the offending tensor instead of times."""
+    if not result.gate.passed:
+        table.add_row(result.case.name, *[NOTHING] * 6, f"[red]{result.gate.summary()}[/red]")
+        return
+    share = result.share_of_peak()
+    rate = result.gflops()
+    table.add_row(
+        result.case.name,
+        _spread(result.timings[TORCH]),
+        _spread(result.timings[OURS]),
+        _coloured(result.speedup(TORCH)),
+        _coloured(result.onnx_speedup()),
+        NOTHING if rate is None else f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}",
+        NOTHING if share is None else f"{share:.0%}",
+        "passed",
+    )
+
+
+def _coloured(ratio: float | None) -> str:
+    text = format_ratio(ratio)
+    return f"[red]{text}[/red]" if ratio is not None and ratio < 1 else text
+
+
+def notes(results: Sequence[CaseResult]) -> list[str]:
+    """Lines below the table: functional entry, probes, skipped peers, means."""
+    lines = []
+    for result in results:
+        if OURS_FUNCTIONAL in result.timings:
+            lines.append(f"{result.case.name}: {_functional_note(result)}")
+        for name, value in result.probes.items():
+            shown = f"{value / 1e6:.2f} MB" if "bytes" in name else f"{value:.2f}"
+            lines.append(f"{result.case.name}: {name} {shown}")
+    reasons: dict[tuple[str, str], int] = {}
+    for result in results:
+        for item in result.skipped.items():
+            reasons[item] = reasons.get(item, 0) + 1
+    for (name, reason), count in reasons.items():
+        lines.append(f"skipped {name} in {count} case{'s' if count > 1 else ''}: {reason}")
+    for layer in GATES:
+        for direction in ("inference", "training"):
+            ratios = [
+                ratio
+                for result in results
+                if (result.case.layer, result.case.direction) == (layer, direction)
+                and result.case.plain
+                and (ratio := result.speedup(TORCH)) is not None
+            ]
+            if len(ratios) > 1:
+                mean, worst = statistics.geometric_mean(ratios), min(ratios)
+                lines.append(
+                    f"{layer} {direction}, {len(ratios)} plain cases: "
+                    f"geometric mean {mean:.2f}x torch, at least {worst:.2f}x"
+                )
+    return lines
+
+
+def _functional_note(result: CaseResult) -> str:
+    timing = result.timings[OURS_FUNCTIONAL]
+    over_torch = format_ratio(result.speedup(TORCH, OURS_FUNCTIONAL))
+    return f"functional entry {_spread(timing)}, {over_torch} torch"
+
+
+# --- README ---------------------------------------------------------------------------------
+
+
+def _readme_table(results: Sequence[CaseResult], direction: str) -> str:
+    """Speed-up over torch for every plain case, one column per layer, losses in bold."""
+    plain = [r for r in results if r.case.direction == direction and r.case.plain]
+    shapes = sorted({(r.case.T, r.case.B, r.case.H) for r in plain})
+    by_key = {(r.case.layer, r.case.T, r.case.B, r.case.H): r for r in plain}
+    headings = " | ".join(layer.upper() for layer in GATES)
+    lines = [f"| T, B, H | {headings} |", "|---" * (1 + len(GATES)) + "|"]
+    for shape in shapes:
+        cells = [_readme_cell(by_key.get((layer, *shape))) for layer in GATES]
+        lines.append(f"| {', '.join(map(str, shape))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _readme_cell(result: CaseResult | None) -> str:
+    if result is None:
+        return NOTHING
+    ratio = result.speedup(TORCH)
+    if ratio is None:
+        return "gate failed"
+    text = f"{format_seconds(result.timings[OURS].median_s)} ({ratio:.2f}x)"
+    if ratio < 1:
+        text = f"**{text}**"
+    onnx = result.onnx_speedup()
+    return text if onnx is None else f"{text}, {onnx:.2f}x {ONNX}"
+
+
+def _readme_machine(machine: dict[str, Any]) -> str:
+    libraries = ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']} kernels, "
+        f"{libraries}, {machine['date']}"
+    )
+
+
+def fill_markers(text: str, results: Sequence[CaseResult], machine: dict[str, Any]) -> str:
+    """Replace what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->``.
+
+    Raises:
+        ValueError: The text has no marker, or one with an unknown name.
+    """
+    blocks: dict[str, Callable[[], str]] = {
+        "inference": lambda: _readme_table(results, "inference"),
+        "training": lambda: _readme_table(results, "training"),
+        "machine": lambda: _readme_machine(machine),
+    }
+
+    def fill(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in blocks:
+            raise ValueError(f"unknown marker bench:{name}; known: {', '.join(blocks)}")
+        return f"<!-- bench:{name} -->\n{blocks[name]()}\n<!-- /bench -->"
+
+    pattern = r"<!-- bench:(?P<name>\w+) -->.*?<!-- /bench -->"
+    filled, count = re.subn(pattern, fill, text, flags=re.DOTALL)
+    if not count:
+        raise ValueError("the text has no <!-- bench:NAME --> marker")
+    return filled

@@ -1,0 +1,87 @@
+"""What fastseq found on this machine: ``python -m fastseq.info`` or ``fastseq info``.
+
+Works without torch and without the compiled kernels: finding out why those are missing is what
+the command is for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def collect() -> dict[str, Any]:
+    """``capabilities()`` plus the versions of Python and torch."""
+    # Loaded first, as in every program that computes something: the kernels use torch's OpenMP
+    # library and thread count, and that is what should be shown.
+    torch_version: str | None = None
+    with contextlib.suppress(ImportError):
+        torch_version = str(importlib.import_module("torch").__version__)
+    from fastseq._config import capabilities
+
+    return {"python": platform.python_version(), "torch": torch_version, **capabilities()}
+
+
+def _bytes(count: int | None) -> str:
+    if not count:
+        return "unknown"
+    for scale, unit in ((1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= scale:
+            return f"{count / scale:g} {unit}"
+    return f"{count} B"
+
+
+def _available(state: dict[str, Any]) -> str:
+    return "available" if state["available"] else f"not available: {state['reason']}"
+
+
+def lines(info: dict[str, Any]) -> list[str]:
+    """The report as aligned lines."""
+    caches = ", ".join(f"{level} {_bytes(size)}" for level, size in info["caches_bytes"].items())
+    rows = {
+        "fastseq": info["version"],
+        "Python": info["python"],
+        "torch": info["torch"] or "not installed",
+        "CPU": info["cpu"],
+        "ISA tiers built": ", ".join(info["isa_built"]) or "none",
+        "ISA tiers usable": ", ".join(info["isa_usable"]) or "none",
+        "ISA tier chosen": info["isa_chosen"] or "none",
+        "backend": info["backend"],
+        "threads": info["threads"],
+        "OpenMP library": info["openmp"] or "none loaded",
+        "caches": caches or "unknown",
+        "CPU kernels": _available(info["extension"]),
+        "CUDA kernels": _available(info["cuda"]),
+    }
+    width = max(map(len, rows))
+    return [f"{label:<{width}}  {value}" for label, value in rows.items()]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="fastseq info", description="Show versions, instruction sets, threads and caches."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    # Not parse_args(): its own complaint is the usage text and the error, we want one line.
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        print(f"fastseq info: unknown argument {unknown[0]!r} (see --help)", file=sys.stderr)
+        return 2
+    try:
+        info = collect()
+    except ValueError as error:  # a setting such as FASTSEQ_ISA with a wrong value
+        print(f"fastseq info: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(info, indent=1) if parsed.json else "\n".join(lines(info)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

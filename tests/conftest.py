@@ -1,0 +1,44 @@
+"""Fixtures for every test: poisoned memory, and a choice of instruction set and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastseq
+from fastseq import _config
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill what ``torch.empty`` and its relatives hand out with NaN.
+
+    The kernels write into such tensors; an element that they forget then shows up as NaN instead of
+    as whatever the memory held before, which too often is the right answer of the call before.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture(params=_config.extension().isa_usable())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction-set tier that this processor runs, one after the other."""
+    with fastseq.isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Calls with one and with two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -1,0 +1,345 @@
+"""The case registry, its models of work, the gate, the timing and the reports."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastseq.bench import build, command, gate, onnx_peer, report, runner
+from fastseq.bench.cases import SUITES, Case, CaseOptions, make_case, select
+from fastseq.bench.timing import interleave, summarize
+
+# What torch says about its own layers is not about ours.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections"),
+    pytest.mark.filterwarnings("ignore:TF32 acceleration"),
+]
+
+CASES = SUITES["rnn"]
+# One of each kind at a size that takes no time.
+SMALL_CASES = [
+    make_case(layer, direction, T=5, B=3, I=7, H=9, options=options)
+    for direction in ("inference", "training")
+    for layer, options in (
+        ("lstm", CaseOptions()),
+        ("gru", CaseOptions()),
+        ("rnn", CaseOptions()),
+        ("lstm", CaseOptions(ragged=True)),
+        ("lstm", CaseOptions(proj_size=4)),
+        ("gru", CaseOptions(num_layers=2, bidirectional=True)),
+        ("lstm", CaseOptions(bias=False, denormal=True)),
+        ("gru", CaseOptions(bias=False, denormal=True)),
+    )
+]
+
+
+def by_name(case: Case) -> str:
+    return case.name
+
+
+# --- registry
+
+
+def test_names_are_unique() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_registry_needs_no_torch() -> None:
+    program = "import sys; import fastseq.bench.cases; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+@pytest.mark.parametrize("layer", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("direction", ["inference", "training"])
+def test_grid_is_complete(layer: str, direction: str) -> None:
+    shapes = {
+        (case.B, case.I, case.H)
+        for case in CASES
+        if (case.layer, case.direction, case.T) == (layer, direction, 100) and case.plain
+    }
+    assert shapes == {
+        (1, 128, 128),
+        (1, 512, 512),
+        (16, 256, 256),
+        (32, 512, 512),
+        (64, 1024, 1024),
+    }
+
+
+def test_select_by_glob() -> None:
+    assert [case.name for case in select("rnn", ["gru-*-T1-*"])] == ["gru-inference-T1-B1-H128"]
+
+
+@pytest.mark.parametrize(("suite", "patterns"), [("rnn", ["nothing*"]), ("poetry", [])])
+def test_select_rejects(suite: str, patterns: list[str]) -> None:
+    with pytest.raises(ValueError, match=suite):
+        select(suite, patterns)
+
+
+def test_make_case_rejects() -> None:
+    with pytest.raises(ValueError, match="perceptron"):
+        make_case("perceptron", "inference", T=1, B=1, H=1)
+    with pytest.raises(ValueError, match="proj_size"):
+        make_case("gru", "inference", T=1, B=1, H=2, options=CaseOptions(proj_size=1))
+
+
+def test_ragged_lengths_cover_the_range() -> None:
+    case = make_case("lstm", "inference", T=100, B=64, H=1, options=CaseOptions(ragged=True))
+    lengths = case.lengths()
+    assert max(lengths) == 100
+    assert min(lengths) >= 1
+    assert 0.35 < sum(lengths) / 6400 < 0.65
+    assert lengths == case.lengths()
+
+
+# --- models of work
+
+
+def counted_flops(case: Case) -> int:
+    """Operations torch itself counts when its layer runs as plain matrix products."""
+    layer = build.torch_layer(case)
+    data, _, output_gradient = build.build_inputs(case)
+    leaf = build.input_tensor(data).clone().requires_grad_()
+    state = build.build_state(case, lambda *shape: torch.zeros(*shape, requires_grad=True))
+    # oneDNN's fused LSTM is one operator without a formula; switched off, the products show.
+    with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
+        output, _ = layer(build.with_data(data, leaf), state)
+        if case.direction == "training":
+            # The last step's state reaches no further product, so it takes no part here.
+            build.input_tensor(output).backward(output_gradient)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("direction", ["inference", "training"])
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        ("lstm", CaseOptions()),
+        ("gru", CaseOptions()),
+        ("rnn", CaseOptions()),
+        ("lstm", CaseOptions(proj_size=4)),
+        ("gru", CaseOptions(num_layers=2, bidirectional=True)),
+        ("lstm", CaseOptions(ragged=True)),
+    ],
+    ids=str,
+)
+def test_flops_are_what_torch_counts(layer: str, direction: str, options: CaseOptions) -> None:
+    case = make_case(layer, direction, T=6, B=4, I=5, H=8, options=options)
+    assert case.flops() == counted_flops(case)
+
+
+def test_flops_by_hand() -> None:
+    case = make_case("lstm", "inference", T=100, B=32, H=512)
+    assert case.flops() == 2 * 100 * 32 * 4 * 512 * (512 + 512)
+    training = make_case("gru", "training", T=3, B=2, I=5, H=7)
+    assert training.flops() == 3 * 2 * 3 * 2 * 3 * 7 * (5 + 7)
+    projected = make_case("lstm", "inference", T=3, B=2, H=7, options=CaseOptions(proj_size=4))
+    assert projected.flops() == 2 * 3 * 2 * (4 * 7 * (7 + 4) + 7 * 4)
+
+
+def test_bytes_by_hand() -> None:
+    case = make_case("rnn", "inference", T=3, B=2, I=5, H=7)
+    weights = 7 * 5 + 7 * 7 + 2 * 7
+    assert case.bytes() == 4 * (weights + 3 * 2 * 5 + 3 * 2 * 7 + 2 * 2 * 7)
+    assert case.weight_elements() == weights
+    training = dataclasses.replace(case, direction="training")
+    assert training.bytes() > 2 * case.bytes()
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=by_name)
+def test_weight_elements_are_torch_parameters(case: Case) -> None:
+    layer = build.torch_layer(case)
+    assert case.weight_elements() == sum(weight.numel() for weight in layer.parameters())
+
+
+# --- built cases and the gate
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=by_name)
+def test_build_is_deterministic_and_weights_are_equal(case: Case) -> None:
+    first, second = build.build(case), build.build(case)
+    assert torch.equal(build.input_tensor(first.input), build.input_tensor(second.input))
+    assert torch.equal(first.output_gradient, second.output_gradient)
+    ours = first.fastseq_layer.state_dict()
+    for name, weight in second.torch_layer.state_dict().items():
+        assert torch.equal(weight, ours[name])
+
+
+def test_denormal_case_is_denormal() -> None:
+    case = make_case("gru", "inference", T=2, B=2, H=3, options=CaseOptions(denormal=True))
+    values = build.input_tensor(build.build(case).input)
+    assert values.abs().max() < torch.finfo(torch.float32).tiny
+    assert values.abs().max() > 0
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=by_name)
+def test_gate_passes(case: Case) -> None:
+    result = gate.check(build.build(case))
+    assert result.passed, result.summary()
+    names = {error.name for error in result.errors}
+    assert {"output", "hidden"} <= names
+    if case.direction == "training":
+        assert {"d_input", "d_hidden", "d_weight_ih_l0", "d_weight_hh_l0"} <= names
+
+
+def test_gate_passes_in_float64() -> None:
+    case = make_case("lstm", "training", T=5, B=3, I=7, H=9, dtype="float64")
+    result = gate.check(build.build(case))
+    assert result.passed, result.summary()
+
+
+@pytest.mark.parametrize("value", [1e-3, float("nan")])
+def test_gate_catches_a_wrong_result(value: float) -> None:
+    built = build.build(SMALL_CASES[0])
+    with torch.no_grad():
+        next(built.fastseq_layer.parameters())[0] += value
+    result = gate.check(built)
+    assert not result.passed
+    assert "FAILED" in result.summary()
+
+
+def test_a_failed_gate_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = gate.GateResult((gate.TensorError("output", 1.0, 0.0, 0.1),))
+    monkeypatch.setattr(runner, "check", lambda built: wrong)
+    result = runner.run_case(SMALL_CASES[0], seconds=0.01)
+    assert not result.timings
+    assert result.speedup("torch") is None
+    report.add_row(report.new_table(), result)
+
+
+# --- runner and reports
+
+
+def test_interleave_visits_every_call_equally() -> None:
+    visited: list[str] = []
+    calls = {name: (lambda name=name: visited.append(name)) for name in "ab"}
+    timings = interleave(calls, seconds=0, minimum_visits=3, settle_seconds=0)
+    assert {timing.visits for timing in timings.values()} == {3}
+    assert "a" in visited
+    assert "b" in visited
+
+
+def test_summarize() -> None:
+    timing = summarize([1.0, 2.0, 3.0, 4.0, 5.0], calls_per_visit=1)
+    assert (timing.lower_quartile_s, timing.median_s, timing.upper_quartile_s) == (2.0, 3.0, 4.0)
+    assert summarize([1.0], calls_per_visit=1).upper_quartile_s == 1.0
+
+
+def tiny_results() -> list[runner.CaseResult]:
+    cases = [
+        make_case("lstm", "inference", T=1, B=1, H=8),
+        make_case("gru", "training", T=3, B=2, H=8),
+    ]
+    return list(runner.run(cases, seconds=0.01))
+
+
+def test_runner_and_reports_on_tiny_cases(tmp_path: Path) -> None:
+    results = tiny_results()
+    streaming, training = results
+    assert {"torch", "fastseq", "fastseq.functional"} <= set(streaming.timings)
+    assert set(training.timings) == {"torch", "fastseq"}
+    assert "onnxruntime" in training.skipped
+    assert "onnxruntime" in {**streaming.timings, **streaming.skipped}
+    for result in results:
+        speedup = result.speedup("torch")
+        assert speedup is not None
+        assert speedup > 0
+    table = report.new_table()
+    for result in results:
+        report.add_row(table, result)
+    assert table.row_count == 2
+    assert report.notes(results)
+
+    machine = {"cpu": "C", "threads": 2, "isa": "base", "libraries": {"torch": "1"}, "date": "D"}
+    document = json.loads(json.dumps(report.to_json(results, machine, "rnn")))
+    assert report.from_json(document) == results
+
+
+def test_readme_tables_follow_the_results(tmp_path: Path) -> None:
+    machine = {"cpu": "C", "threads": 2, "isa": "base", "libraries": {"torch": "1"}, "date": "D"}
+    results, readme = tmp_path / "results.json", tmp_path / "README.md"
+    results.write_text(json.dumps(report.to_json(tiny_results(), machine, "rnn")))
+    readme.write_text("before\n<!-- bench:inference -->\nold\n<!-- /bench -->\nafter\n")
+    assert command.main(["readme", "--check", str(results), str(readme)]) == 2
+    assert command.main(["readme", str(results), str(readme)]) == 0
+    text = readme.read_text()
+    assert "old" not in text
+    assert "| 1, 1, 8 |" in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert command.main(["readme", "--check", str(results), str(readme)]) == 0
+
+
+def test_readme_rejects_unknown_marker() -> None:
+    with pytest.raises(ValueError, match="marker"):
+        report.fill_markers("<!-- bench:poetry --><!-- /bench -->", [], {})
+    with pytest.raises(ValueError, match="marker"):
+        report.fill_markers("nothing here", [], {})
+
+
+def test_plot_draws_every_case(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from fastseq.bench.plot import draw
+
+    path = tmp_path / "figure.svg"
+    draw(tiny_results(), {"cpu": "C", "threads": 2}, path)
+    svg = path.read_text()
+    assert "prefers-color-scheme" in svg
+    assert "T1 B1 H8" in svg
+
+
+def test_command_rejects_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["run", "--case", "nothing*"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_command_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["list", "--case", "lstm-*-T1-*"]) == 0
+    assert "lstm-inference-T1-B1-H128" in capsys.readouterr().out
+
+
+# --- onnxruntime
+
+
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        ("lstm", CaseOptions()),
+        ("gru", CaseOptions()),
+        ("rnn", CaseOptions()),
+        ("lstm", CaseOptions(bidirectional=True)),
+        ("gru", CaseOptions(ragged=True)),
+        ("lstm", CaseOptions(bias=False)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("steps", [1, 5])
+def test_onnxruntime_computes_the_same(layer: str, steps: int, options: CaseOptions) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    built = build.build(make_case(layer, "inference", T=steps, B=3, I=7, H=9, options=options))
+    session = onnx_peer.prepare(built, threads=1)
+    assert gate.check_output(built, session.output())
+
+
+def test_onnxruntime_says_what_it_cannot_do() -> None:
+    options = CaseOptions(proj_size=2)
+    case = make_case("lstm", "inference", T=2, B=1, H=4, options=options)
+    with pytest.raises(onnx_peer.UnsupportedCaseError, match="projection"):
+        onnx_peer.prepare(build.build(case), threads=1)
+
+
+# --- what the repository shows
+
+
+def test_readme_shows_the_committed_results() -> None:
+    root = Path(__file__).parents[1]
+    results = root / "benchmarks" / "results" / "rnn.json"
+    if not results.exists():
+        pytest.skip("no results are committed yet")
+    assert command.main(["readme", "--check", str(results), str(root / "README.md")]) == 0

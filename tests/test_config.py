@@ -1,0 +1,181 @@
+"""FASTSEQ_ISA, FASTSEQ_BACKEND, capabilities() and what ``import fastseq`` costs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import fastseq
+from fastseq import _config
+
+REPORT = (
+    "import fastseq, torch, fastseq.functional as f; "
+    "w = [torch.ones(3, 2), torch.ones(3, 3), torch.ones(3), torch.ones(3)]; "
+    "f.rnn(torch.ones(2, 2, 2), None, w); "
+    "from fastseq import _config; "
+    "print(fastseq.capabilities()['isa_chosen'], _config.extension().isa(), _config.backend_name())"
+)
+# Loads the kernels, but not torch, which takes seconds.
+CHOSEN = "import fastseq; print(fastseq.capabilities()['isa_chosen'])"
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("FASTSEQ_")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**variables, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_forced_isa_runs(isa: str) -> None:
+    result = run_python(REPORT, FASTSEQ_ISA=isa)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [isa, isa, "cpu"]
+
+
+def test_default_isa_is_the_best_usable() -> None:
+    for environment in ({}, {"FASTSEQ_ISA": ""}):
+        result = run_python(CHOSEN, **environment)
+        assert result.stdout.strip() == fastseq.capabilities()["isa_usable"][-1], result.stderr
+
+
+def test_unknown_isa_in_the_environment() -> None:
+    result = run_python(CHOSEN, FASTSEQ_ISA="mmx")
+    assert result.returncode != 0
+    assert "ValueError" in result.stderr
+    assert "mmx" in result.stderr
+    for name in fastseq.capabilities()["isa_built"]:
+        assert name in result.stderr
+
+
+def test_unknown_isa_leaves_the_choice_alone() -> None:
+    before = _config.extension().isa()
+    for choose in (fastseq.set_isa, lambda name: fastseq.isa(name).__enter__()):
+        with pytest.raises(ValueError, match=r"one of \[.*got 'mmx'"):
+            choose("mmx")
+        assert _config.extension().isa() == before
+
+
+def test_isa_that_the_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = set(_config.extension().isa_built()) - set(_config.extension().isa_usable())
+    if not missing:
+        pytest.skip("this processor runs every tier of the build")
+    for name in missing:
+        with pytest.raises(ValueError, match=name):
+            fastseq.set_isa(name)
+
+
+def test_isa_block_restores(isa: str) -> None:
+    for other in fastseq.capabilities()["isa_usable"]:
+        with fastseq.isa(other):
+            assert fastseq.capabilities()["isa_chosen"] == other
+        assert fastseq.capabilities()["isa_chosen"] == isa
+        with pytest.raises(KeyError), fastseq.isa(other):
+            raise KeyError
+        assert fastseq.capabilities()["isa_chosen"] == isa
+
+
+def test_tiers_are_different_code() -> None:
+    """The peak of a wider tier is higher: the name is not all that changes."""
+    usable = fastseq.capabilities()["isa_usable"]
+    if not {"base", "avx2"} <= set(usable):
+        pytest.skip("this processor runs a single tier")
+    with fastseq.isa("base"):
+        base = _config.fma_peak_gflops(threads=1)
+    with fastseq.isa("avx2"):
+        avx2 = _config.fma_peak_gflops(threads=1)
+    # Twice the width and two operations at once make 2 to 4 times; a shared machine takes some.
+    assert avx2 > 1.2 * base
+
+
+def test_backend_in_the_environment() -> None:
+    result = run_python(REPORT, FASTSEQ_BACKEND="reference")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[2] == "reference"
+
+
+def test_unknown_backend() -> None:
+    result = run_python(
+        "from fastseq import _config; _config.backend_name()", FASTSEQ_BACKEND="abacus"
+    )
+    assert result.returncode != 0
+    assert "ValueError: FASTSEQ_BACKEND must be one of" in result.stderr
+    assert "abacus" in result.stderr
+    with (
+        pytest.raises(ValueError, match=r"backend must be one of .* got 'abacus'"),
+        fastseq.backend("abacus"),
+    ):
+        pass
+
+
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    from fastseq.backends import cpu
+
+    calls = []
+    original = cpu._forward
+    monkeypatch.setattr(cpu, "_forward", lambda *given: (calls.append(1), original(*given))[1])
+    return lambda: len(calls)
+
+
+def test_backend_block_changes_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = kernel_calls(monkeypatch)
+    layer = fastseq.nn.GRU(3, 4)
+    x = torch.randn(2, 2, 3)
+    fused = layer(x)[0]
+    assert calls() == 1
+    with fastseq.backend("reference"):
+        assert _config.backend_name() == "reference"
+        plain = layer(x)[0]
+        cell = fastseq.nn.GRUCell(3, 4)
+        cell(x[0], torch.zeros(2, 4))
+    assert calls() == 1
+    torch.testing.assert_close(fused, plain)
+    with torch.no_grad():
+        layer(x)
+    assert calls() == 2
+    with pytest.raises(KeyError), fastseq.backend("reference"):
+        raise KeyError
+    assert _config.backend_name() == "cpu"
+
+
+def test_capabilities() -> None:
+    found = fastseq.capabilities()
+    assert set(found) == {
+        "version", "cpu", "isa_built", "isa_usable", "isa_chosen", "backend", "threads", "openmp",
+        "caches_bytes", "extension", "cuda",
+    }  # fmt: skip
+    assert found["version"] == fastseq.__version__
+    assert set(found["isa_usable"]) <= set(found["isa_built"])
+    assert found["isa_chosen"] in found["isa_usable"]
+    assert found["threads"] == torch.get_num_threads()
+    assert found["extension"] == {"available": True, "reason": None}
+    assert found["cuda"]["available"] or found["cuda"]["reason"]
+    assert all(size > 0 for size in found["caches_bytes"].values())
+
+
+def test_openmp_is_the_one_that_torch_loaded() -> None:
+    """A second runtime would bring a second pool of threads that fights the first."""
+    code = (
+        "import re, torch, fastseq; torch.ones(4096, 64) @ torch.ones(64, 64); "
+        "fastseq.capabilities(); maps = open('/proc/self/maps').read(); "
+        r"print(len(set(re.findall(r'/\S*lib(?:gomp|omp|iomp5)\S*', maps))))"
+    )
+    result = run_python(code)
+    assert result.stdout.strip() == "1", result.stderr
+
+
+def test_import_does_not_load_torch() -> None:
+    heavy = "{'torch', 'numpy', 'fastseq._cpu'}"
+    result = run_python(f"import sys, fastseq; print(sorted({heavy} & set(sys.modules)))")
+    assert result.stdout.strip() == "[]", result.stderr
+    listed = run_python("import sys, fastseq; dir(fastseq); print('torch' in sys.modules)")
+    assert listed.stdout.strip() == "False", listed.stderr
