@@ -15,62 +15,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from fastseq._cells import GATES
 from fastseq.backends import fallback_reason
 
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 def hidden_size(cell: str, weights: Sequence[Tensor]) -> int:
     """H, which the rows of ``w_hh`` tell also where its columns are the projection's."""
     return weights[1].size(0) // GATES[cell]
-
-
-def layer_fits(
-    cell: str,
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_first: bool,
-) -> bool:
-    """A quick yes for the most common call: one layer with biases, one direction, padded input.
-
-    True only if the fused kernels apply and everything fits together. False says nothing: the
-    full checks decide then, and word the error where there is one.
-    """
-    if fallback_reason(input) is not None or len(weights) != 4:
-        return False
-    shape = input.shape
-    if len(shape) != 3:
-        return False
-    if batch_first:
-        batch, steps, features = shape
-    else:
-        steps, batch, features = shape
-    w_ih, w_hh, b_ih, b_hh = weights
-    dtype = input.dtype
-    bias_shape = b_hh.shape
-    rows = bias_shape[-1]
-    gates = GATES[cell]
-    hidden = rows // gates
-    return (
-        steps != 0
-        and hidden * gates == rows
-        and w_ih.shape == (rows, features)
-        and w_hh.shape == (rows, hidden)
-        and b_ih.shape == (rows,)
-        and bias_shape == (rows,)
-        and w_ih.dtype is dtype
-        and w_hh.dtype is dtype
-        and b_ih.dtype is dtype
-        and b_hh.dtype is dtype
-        and w_ih.is_cpu
-        and w_hh.is_cpu
-        and b_ih.is_cpu
-        and b_hh.is_cpu
-        and (hx is None or (hx.shape == (1, batch, hidden) and hx.dtype is dtype and hx.is_cpu))
-        and (cx is None or (cx.shape == (1, batch, hidden) and cx.dtype is dtype and cx.is_cpu))
-    )
 
 
 def pair(hx: Any, for_cell: bool = False) -> tuple[Tensor, Tensor]:
@@ -302,7 +254,11 @@ def cell_fits(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> bool:
-    """A quick yes for the most common step: batched, given states, biases. See `layer_fits`."""
+    """A quick yes for the most common step: batched, given states, biases.
+
+    True only if the fused kernels apply and everything fits together. False says nothing: the
+    full checks decide then, and word the error where there is one.
+    """
     if fallback_reason(input) is not None or hx is None or b_ih is None or b_hh is None:
         return False
     shape = input.shape

@@ -1,3 +1,5 @@
+from collections.abc import Callable, Sequence
+
 from torch import Tensor
 
 CELLS: dict[str, int]
@@ -11,6 +13,23 @@ def openmp_library() -> str | None: ...
 def max_threads() -> int: ...
 def fma_gflops(dtype: int, threads: int, seconds: float) -> float: ...
 def unary(function: int, dtype: int, input: Tensor, output: Tensor) -> None: ...
+def connect(
+    capsule: object,
+    tensor_type: type,
+    parameter_type: type,
+    empty_like_function: Callable[[Tensor], Tensor],
+) -> None: ...
+def plain_layer(
+    cell: int,
+    gates: int,
+    has_cell: bool,
+    threads: int,
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor | None] | None: ...
 def rnn_reserve_bytes(
     cell: int, dtype: int, rows: int, hidden_size: int, projection_size: int, directions: int
 ) -> int: ...

@@ -4,8 +4,8 @@
 Every tensor argument is a torch tensor or None (a null pointer). `dtype` is 0 for float32 and 1 for float64.
 """
 
-from libc.stdint cimport int32_t, int64_t, uintptr_t
-from libc.string cimport memset
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
+from libc.stdint cimport int64_t, uintptr_t
 
 from fastseq._core cimport (
     FASTSEQ_CELL_COUNT,
@@ -24,6 +24,7 @@ from fastseq._core cimport (
     fastseq_sequence,
     fastseq_table,
 )
+from fastseq._dlpack cimport DLPACK_CPU, DLPACK_FLOAT, DLPackExchangeAPI, DLTensor
 
 cdef const fastseq_kernel_table* active = fastseq_table(0)
 
@@ -182,3 +183,117 @@ def rnn_backward(int cell, int dtype, int threads, tuple sizes, x, tuple x_strid
         status = active.rnn_backward[cell][dtype](&call)
     if status:
         raise MemoryError("rnn_backward: no memory for the kernel's workspace")
+
+
+# --- The short way for one step or one plain layer. Attribute by attribute, checking eight tensors from Python costs more
+# than the step itself; the exchange table of newer torch releases answers for a tensor in one C call.
+
+cdef const DLPackExchangeAPI* exchange = NULL
+cdef object Tensor = None
+cdef object Parameter = None
+cdef object empty_like = None
+
+
+def connect(capsule, tensor_type, parameter_type, empty_like_function):
+    """Make `plain_layer` available. `capsule` is torch.Tensor.__dlpack_c_exchange_api__."""
+    global exchange, Tensor, Parameter, empty_like
+    if not PyCapsule_IsValid(capsule, b"dlpack_exchange_api"):
+        return
+    Tensor, Parameter, empty_like = tensor_type, parameter_type, empty_like_function
+    table = <const DLPackExchangeAPI*>PyCapsule_GetPointer(capsule, b"dlpack_exchange_api")
+    if table.version.major == 1:
+        exchange = table
+
+
+cdef inline bint describe(object tensor, DLTensor* out, int ndim, int bits) except -1:
+    """Fill `out`; true for a dense CPU tensor of that rank and float width and of exactly torch's own types."""
+    if type(tensor) is not Tensor and type(tensor) is not Parameter:
+        return False
+    exchange.tensor_from_py_object(<void*>tensor, out)
+    if (out.device.device_type != DLPACK_CPU or out.dtype.code != DLPACK_FLOAT or out.dtype.bits != bits
+            or out.dtype.lanes != 1 or out.ndim != ndim):
+        return False
+    cdef int64_t expected = 1
+    cdef int i
+    for i in range(ndim - 1, -1, -1):
+        if out.shape[i] != 1 and out.strides[i] != expected:
+            return False
+        expected *= out.shape[i]
+    return expected > 0
+
+
+cdef inline char* start(DLTensor* tensor) noexcept:
+    return <char*>tensor.data + tensor.byte_offset
+
+
+def plain_layer(int cell, int gates, bint has_cell, int threads, input, hx, cx, weights, bint batch_first):
+    """One direction with biases over dense tensors, without gradients: (output, h_n, c_n).
+
+    None when anything is not as plain as that, or wrong: the caller's general way then finds out what and says so.
+    """
+    cdef fastseq_rnn_forward call
+    cdef DLTensor x, h, c, w_ih, w_hh, b_ih, b_hh
+    cdef int bits, status
+    cdef int64_t steps, batch, features, hidden, rows
+    if exchange == NULL or len(weights) != 4:
+        return None
+    if type(input) is not Tensor:
+        return None
+    exchange.tensor_from_py_object(<void*>input, &x)
+    bits = x.dtype.bits
+    if bits != 32 and bits != 64 or not describe(input, &x, 3, bits):
+        return None
+    if batch_first:
+        batch, steps = x.shape[0], x.shape[1]
+    else:
+        steps, batch = x.shape[0], x.shape[1]
+    features = x.shape[2]
+    if not describe(weights[0], &w_ih, 2, bits) or not describe(weights[1], &w_hh, 2, bits):
+        return None
+    if not describe(weights[2], &b_ih, 1, bits) or not describe(weights[3], &b_hh, 1, bits):
+        return None
+    hidden = w_hh.shape[1]
+    rows = gates * hidden
+    if (w_ih.shape[0] != rows or w_ih.shape[1] != features or w_hh.shape[0] != rows or b_ih.shape[0] != rows
+            or b_hh.shape[0] != rows):
+        return None
+    call.initial_hidden = call.initial_cell = NULL
+    if hx is not None:
+        if not describe(hx, &h, 3, bits) or h.shape[0] != 1 or h.shape[1] != batch or h.shape[2] != hidden:
+            return None
+        call.initial_hidden = start(&h)
+    if cx is not None:
+        if not describe(cx, &c, 3, bits) or c.shape[0] != 1 or c.shape[1] != batch or c.shape[2] != hidden:
+            return None
+        call.initial_cell = start(&c)
+
+    # A tensor like one that is there costs half of one from sizes.
+    output = empty_like(hx) if hx is not None and steps == 1 and (batch == 1 or not batch_first) else input.new_empty(
+        (batch, steps, hidden) if batch_first else (steps, batch, hidden))
+    h_n = empty_like(hx) if hx is not None else input.new_empty((1, batch, hidden))
+    c_n = None
+    if has_cell:
+        c_n = empty_like(h_n)
+    call.shape.steps, call.shape.batch, call.shape.input_size = steps, batch, features
+    call.shape.hidden_size, call.shape.projection_size, call.shape.directions = hidden, 0, 1
+    call.shape.batch_sizes = call.shape.row_order = NULL
+    call.shape.packed = 0
+    call.shape.threads = threads
+    call.x.data = start(&x)
+    call.x.step_stride, call.x.row_stride = (features, steps * features) if batch_first else (batch * features, features)
+    call.y.data = address(output)
+    call.y.step_stride, call.y.row_stride = (hidden, steps * hidden) if batch_first else (batch * hidden, hidden)
+    call.final_hidden = address(h_n)
+    call.final_cell = address(c_n)
+    call.reserve = NULL
+    call.weights[0].input = start(&w_ih)
+    call.weights[0].hidden = start(&w_hh)
+    call.weights[0].input_bias = start(&b_ih)
+    call.weights[0].hidden_bias = start(&b_hh)
+    call.weights[0].projection = NULL
+    cdef int dtype = bits == 64
+    with nogil:
+        status = active.rnn_forward[cell][dtype](&call)
+    if status:
+        raise MemoryError("rnn_forward: no memory for the kernel's workspace")
+    return output, h_n, c_n

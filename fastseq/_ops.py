@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastseq import _config
+from fastseq._cells import GATES
 from fastseq.backends import reference
 
-__all__ = ["rnn_cell", "rnn_layer"]
+__all__ = ["plain_layer", "rnn_cell", "rnn_layer"]
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]
 
@@ -133,7 +134,7 @@ def _rnn_forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cpu = _cpu()
     directions = 2 if bidirectional else 1
-    hidden = weights[0].shape[0] // cpu.GATES[cell]
+    hidden = weights[0].shape[0] // GATES[cell]
     width = proj_size or hidden
     if batch_sizes is None:
         batch = input.shape[0 if batch_first else 1]
@@ -311,13 +312,14 @@ def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _is_plain(input: Tensor) -> bool:
-    """No transform, compiler, mode or subclass is watching: the backend may be called directly."""
-    return (
-        type(input) in _PLAIN_TYPES
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
+def _is_watched() -> bool:
+    """A compiler or a dispatch mode wants to see the ops."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _has_lazy_negation(*tensors: Tensor | None) -> bool:
+    """A tensor's memory holds the negated values (``z.conj().imag``); the dispatcher resolves that."""
+    return any(tensor is not None and tensor.is_neg() for tensor in tensors)
 
 
 def _wants_composite() -> bool:
@@ -326,6 +328,32 @@ def _wants_composite() -> bool:
         or forward_ad._current_level >= 0
         or _config.backend_name() == "reference"
     )
+
+
+def plain_layer(
+    cell: str,
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_first: bool,
+) -> Outputs | None:
+    """The most common inference call, checked and run by the kernels' side in one go.
+
+    One direction, biases, nothing packed, no gradients, nobody watching. ``None`` whenever the call
+    is not as plain as that or its arguments do not fit: the general way decides then, and words
+    the error where there is one. The weights are looked at anew at every call.
+    """
+    if (
+        torch.is_grad_enabled()
+        or _is_watched()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._get_tracing_state()
+        or _wants_composite()
+        or _has_lazy_negation(input, hx, cx)
+    ):
+        return None
+    return _cpu().plain_layer(cell, input, hx, cx, weights, batch_first)
 
 
 def rnn_layer(
@@ -346,7 +374,8 @@ def rnn_layer(
     Args and returns: see :func:`fastseq.backends.reference.rnn_layer`.
     """
     options = (cell, has_biases, proj_size, bidirectional, batch_first)
-    if _is_plain(input):
+    plain_type = type(input) in _PLAIN_TYPES
+    if plain_type and not _is_watched() and not _has_lazy_negation(input, hx, cx):
         if _wants_composite():
             return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
         if _needs_gradient((input, hx, cx, *weights)):
@@ -380,7 +409,9 @@ def rnn_cell(
             w_ih.new_zeros(w_ih.size(0)) if b_hh is None else b_hh,
         ]
     if (
-        _is_plain(input)
+        type(input) in _PLAIN_TYPES
+        and not _is_watched()
+        and not _has_lazy_negation(input, hx, cx)
         and not _wants_composite()
         and not _needs_gradient((input, hx, cx, *tensors))
     ):

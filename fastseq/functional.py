@@ -212,9 +212,10 @@ def _run_layers(
         and not bidirectional
         and batch_sizes is None
         and lengths is None
-        and _checks.layer_fits(cell, input, hx, cx, weights, batch_first)
     ):
-        return _ops.rnn_layer(input, hx, cx, weights, cell, True, 0, False, batch_first)
+        result = _ops.plain_layer(cell, input, hx, cx, weights, batch_first)
+        if result is not None:
+            return result
     reason = fallback_reason(input)
     unbatched = batch_sizes is None and input.dim() == 2
     if unbatched:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastseq import _config
+from fastseq._cells import CELLS, GATES
 
-__all__ = ["GATES", "rnn_backward", "rnn_cell", "rnn_forward", "rnn_reserve_elements"]
+__all__ = ["plain_layer", "rnn_backward", "rnn_cell", "rnn_forward", "rnn_reserve_elements"]
 
 _kernels = _config.extension()
 _CELLS = _kernels.CELLS
@@ -18,10 +19,6 @@ _forward = _kernels.rnn_forward
 _backward = _kernels.rnn_backward
 _threads = torch.get_num_threads
 
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-# Values per unit and step that backward needs; csrc/cells calls them slots, a cell state counts as
-# one more.
-_SAVED = {"lstm": 5, "gru": 4, "rnn_tanh": 1, "rnn_relu": 1}
 _PADDED_MULTIPLE = 32  # csrc/cpu/gemm.h: padded_multiple
 
 
@@ -30,8 +27,28 @@ def rnn_reserve_elements(
 ) -> int:
     """Elements of the tensor in which forward keeps what backward needs (also with symbolic sizes)."""
     padded = (hidden_size + _PADDED_MULTIPLE - 1) // _PADDED_MULTIPLE * _PADDED_MULTIPLE
-    saved = _SAVED[cell] + (1 if proj_size else 0)
+    saved = CELLS[cell].saved + (1 if proj_size else 0)
     return rows * directions * (padded * saved + _PADDED_MULTIPLE)
+
+
+# What the short way into the kernels needs of a cell, and torch's exchange table where it has one.
+_PLAIN = {name: (_CELLS[name], sizes.gates, sizes.has_cell_state) for name, sizes in CELLS.items()}
+_kernels.connect(
+    getattr(Tensor, "__dlpack_c_exchange_api__", None), Tensor, torch.nn.Parameter, torch.empty_like
+)
+_plain_layer = _kernels.plain_layer
+
+
+def plain_layer(
+    cell: str,
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """One direction with biases over dense tensors, checked and run in one go; else ``None``."""
+    return _plain_layer(*_PLAIN[cell], _threads(), input, hx, cx, weights, batch_first)
 
 
 class _Rows(NamedTuple):

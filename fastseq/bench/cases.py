@@ -12,10 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastseq import _cells
+
 Direction = Literal["inference", "training"]
 
 # Gates per layer kind: how many rows of length H each weight matrix stacks.
-GATES: dict[str, int] = {"lstm": 4, "gru": 3, "rnn": 1}
+GATES = {"lstm": _cells.GATES["lstm"], "gru": _cells.GATES["gru"], "rnn": _cells.GATES["rnn_tanh"]}
 # States a layer carries from step to step (LSTM: hidden and cell).
 STATES: dict[str, int] = {"lstm": 2, "gru": 1, "rnn": 1}
 

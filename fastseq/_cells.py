@@ -1,0 +1,29 @@
+"""The recurrent cells by name, in numbers. Their maths is in ``csrc/cells`` and ``backends/reference.py``.
+
+No torch here: the benchmark's case registry reads this table too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["CELLS", "GATES"]
+
+
+class CellSizes(NamedTuple):
+    """``gates``: row blocks of a weight matrix. ``saved``: values per unit and step that backward
+    needs, which is what ``csrc/cells`` calls slots, plus one for a cell state.
+    """
+
+    gates: int
+    saved: int
+    has_cell_state: bool = False
+
+
+CELLS = {
+    "rnn_tanh": CellSizes(gates=1, saved=1),
+    "rnn_relu": CellSizes(gates=1, saved=1),
+    "lstm": CellSizes(gates=4, saved=5, has_cell_state=True),
+    "gru": CellSizes(gates=3, saved=4),
+}
+GATES = {name: sizes.gates for name, sizes in CELLS.items()}
