@@ -317,10 +317,20 @@ def largest(tensor: Tensor) -> float:
 
 
 def check(case: Case) -> None:
-    """Run the case on every tier and hold it against :func:`expected`."""
+    """Run the case on every tier and hold it against :func:`expected`.
+
+    Without gradients calls take other ways through the library, to the same bits.
+    """
     truth, bounds = expected(case)
+    dtype = getattr(torch, case.dtype)
+    leaves, lengths, _ = arguments(case, dtype)
     for tier in every_tier():
-        compare(run(case, "fastseq", getattr(torch, case.dtype)), truth, bounds, tier)
+        results = run(case, "fastseq", dtype)
+        compare(results, truth, bounds, tier)
+        with torch.no_grad():
+            inferred = outputs_of(case, "fastseq", leaves, lengths)
+        for name, output in zip(("output", "h_n", "c_n"), inferred, strict=False):
+            assert torch.equal(output.double(), results[name]), f"{name} {tier}: no_grad differs"
 
 
 def compare(

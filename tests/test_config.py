@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 import fastseq
 from fastseq import _config
+from fastseq.backends import reference
 
 REPORT = (
     "import fastseq, torch, fastseq.functional as f; "
@@ -117,31 +118,37 @@ def test_unknown_backend() -> None:
         pass
 
 
-def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    from fastseq.backends import cpu
-
-    calls = []
-    original = cpu._forward
-    monkeypatch.setattr(cpu, "_forward", lambda *given: (calls.append(1), original(*given))[1])
-    return lambda: len(calls)
-
-
 def test_backend_block_changes_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = kernel_calls(monkeypatch)
-    layer = fastseq.nn.GRU(3, 4)
+    calls: list[str] = []
+    layer_of_reference, cell_of_reference = reference.rnn_layer, reference.rnn_cell
+
+    def spy_layer(*given: Any) -> Any:
+        calls.append("rnn_layer")
+        return layer_of_reference(*given)
+
+    def spy_cell(*given: Any) -> Any:
+        calls.append("rnn_cell")
+        return cell_of_reference(*given)
+
+    monkeypatch.setattr(reference, "rnn_layer", spy_layer)
+    monkeypatch.setattr(reference, "rnn_cell", spy_cell)
+    layer, cell = fastseq.nn.GRU(3, 4), fastseq.nn.GRUCell(3, 4)
     x = torch.randn(2, 2, 3)
-    fused = layer(x)[0]
-    assert calls() == 1
+    fused = [layer(x)[0], cell(x[0])]
+    assert not calls
     with fastseq.backend("reference"):
         assert _config.backend_name() == "reference"
-        plain = layer(x)[0]
-        cell = fastseq.nn.GRUCell(3, 4)
-        cell(x[0], torch.zeros(2, 4))
-    assert calls() == 1
+        plain = [layer(x)[0], cell(x[0])]
+        assert len(calls) == 2
+        with torch.no_grad():
+            layer(x)
+            cell(x[0])
+        assert len(calls) == 4
     torch.testing.assert_close(fused, plain)
     with torch.no_grad():
         layer(x)
-    assert calls() == 2
+        cell(x[0])
+    assert len(calls) == 4
     with pytest.raises(KeyError), fastseq.backend("reference"):
         raise KeyError
     assert _config.backend_name() == "cpu"

@@ -334,12 +334,17 @@ def test_fake_module_allocates_nothing() -> None:
     assert final.shape == (1, 1 << 10, 1 << 14)
 
 
-def test_meta_device() -> None:
-    layer = fast_nn.LSTM(3, 4, device="meta")
-    output, (hidden, cell) = layer(torch.empty(5, 2, 3, device="meta"))
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_meta_device(name: str, grad: bool) -> None:
+    layer = getattr(fast_nn, name)(3, 4, device="meta")
+    with torch.set_grad_enabled(grad):
+        output, final = layer(torch.empty(5, 2, 3, device="meta"))
     assert output.shape == (5, 2, 4)
-    assert hidden.shape == cell.shape == (1, 2, 4)
     assert output.device.type == "meta"
+    for state in final if name == "LSTM" else (final,):
+        assert state.shape == (1, 2, 4)
+        assert state.device.type == "meta"
 
 
 def test_the_schema_is_closed() -> None:

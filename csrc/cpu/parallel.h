@@ -39,11 +39,17 @@ struct Range {
   int64_t count() const { return end - begin; }
 };
 
-// Part `index` of `parts` nearly equal parts of [0, count).
+// [0, count) in nearly equal parts. The division is done once: it costs as much as several rows of a tile.
+struct EvenSplit {
+  int64_t base, extra;
+  EvenSplit(int64_t count, int64_t parts) : base(parts ? count / parts : 0), extra(count - base * parts) {}
+  FS_INLINE Range part(int64_t index) const {
+    int64_t begin = index * base + (index < extra ? index : extra);
+    return {begin, begin + base + (index < extra ? 1 : 0)};
+  }
+};
 FS_INLINE Range split(int64_t count, int64_t parts, int64_t index) {
-  int64_t base = count / parts, extra = count % parts;
-  int64_t begin = index * base + (index < extra ? index : extra);
-  return {begin, begin + base + (index < extra ? 1 : 0)};
+  return EvenSplit(count, parts).part(index);
 }
 
 template <class Body>

@@ -261,54 +261,99 @@ struct RnnBackward {
       if (sizes.has_projection) {
         gather_output_gradient(t, alive, local);
         team.wait();
+        fetch_columns(b.grad_output, local, alive, Range{0, minimum(outputs.begin * W, sizes.output)});
+        fetch_columns(b.grad_output, local, alive, Range{outputs.end * W, sizes.output});
         for (int64_t block = units.begin; block < units.end; ++block)
           for (int64_t j = 0; j < row_blocks; ++j) update_projected(block, split(alive, row_blocks, j), t, local);
       } else {
         for (int64_t block = units.begin; block < units.end; ++block)
-          for (int64_t row = 0; row < alive; ++row)
-            for (int64_t unit = block * W; unit < minimum((block + 1) * W, sizes.hidden); unit += L)
-              update_plain(unit, sizes.hidden - unit, t, row, local);
+          for (int64_t row = 0; row < alive; ++row) update_plain(block, t, row, local);
       }
       team.wait();
       bool last = position + 1 == sizes.steps;
       if (last && !layer.call.grad_initial_hidden) return;
       int64_t depth = Cell::hidden_count * sizes.hidden_padded;
+      for (int s = Cell::hidden_first; s < Cell::hidden_first + Cell::hidden_count && outputs.count(); ++s) {
+        int64_t column = s * sizes.hidden_padded;
+        fetch_columns(b.grad_slots, local, alive, Range{column, column + minimum(units.begin * W, sizes.hidden)});
+        fetch_columns(b.grad_slots, local, alive, Range{column + units.end * W, column + sizes.hidden});
+      }
       for (int64_t i = 0; i < outputs.count(); ++i) {
         int64_t block = position % 2 ? outputs.end - 1 - i : outputs.begin + i;
         T* carried = b.grad_h + block * W;
         const T* panel = b.packed_hidden + block * depth * W;
         multiply_panel(b.grad_slots, local, alive, Cell::hidden_first * sizes.hidden_padded, depth, panel,
-                       position % 2 ? panel - depth * W : panel + depth * W, carried, layer.output_padded, carried,
+                       carried, layer.output_padded, carried,
                        layer.output_padded);
       }
     }
 
-    FS_INLINE void update_plain(int64_t unit, int64_t count, int64_t t, int64_t row, int64_t local) {
+    // Where one row keeps what belongs to the first unit of a block.
+    struct UnitPointers {
+      const T* saved;          // [slots][hidden_padded]
+      const T* cell;           // c_t
+      const T* cell_before;    // c_{t-1}, or NULL for zeros
+      T* grad_cell;
+      T* grad_slots[Cell::slots];
+    };
+
+    FS_INLINE void update_plain(int64_t block, int64_t t, int64_t row, int64_t local) {
+      int64_t unit = block * W, count = sizes.hidden - unit;
+      UnitPointers at = unit_pointers(unit, t, row, local);
       T* carried = b.grad_h + row * layer.output_padded + unit;
-      V grad_h = load(carried);
-      if (grad_y.data) grad_h += load_partial(grad_y.at(t, row) + unit, count);
+      const T* from_y = grad_y.data ? grad_y.at(t, row) + unit : nullptr;
       const T* before = h_before(t, row);
-      V direct = update_units(grad_h, before ? load_partial(before + unit, count) : V{}, unit, count, t, row, local);
-      store(carried, direct);
+      if (before) before += unit;
+      if (count >= W) {
+        plain_vector<true>(at, carried, from_y, before, 0, L);
+        plain_vector<true>(at, carried, from_y, before, L, L);
+      } else {
+        for (int64_t v = 0; v < count; v += L) plain_vector<false>(at, carried, from_y, before, v, count - v);
+      }
+    }
+
+    template <bool full>
+    static FS_INLINE V get(const T* source, int64_t count) {
+      return full ? load(source) : load_partial(source, count);
+    }
+
+    template <bool full>
+    FS_INLINE void plain_vector(const UnitPointers& at, T* carried, const T* from_y, const T* before, int64_t v,
+                                int64_t count) {
+      V grad_h = load(carried + v);
+      if (from_y) grad_h += get<full>(from_y + v, count);
+      store(carried + v, update_vector<full>(at, grad_h, before ? get<full>(before + v, count) : V{}, v, count));
+    }
+
+    FS_INLINE UnitPointers unit_pointers(int64_t unit, int64_t t, int64_t row, int64_t local) const {
+      int64_t packed_row = table.first_row[t] + row;
+      UnitPointers at{};
+      at.saved = reserve.slots + packed_row * sizes.slot_stride() + unit;
+      if constexpr (Cell::has_cell) {
+        at.cell = reserve.cells + packed_row * sizes.hidden_padded + unit;
+        at.cell_before = cell_before(t, row);
+        if (at.cell_before) at.cell_before += unit;
+        at.grad_cell = b.grad_cell + row * sizes.hidden_padded + unit;
+      }
+      for (int s = 0; s < Cell::slots; ++s) at.grad_slots[s] = b.grad_slots.at(local + row, s * sizes.hidden_padded + unit);
+      return at;
     }
 
     // Cell backward for one vector of units; returns the part of dL/dh_{t-1} that bypasses W_hh.
-    FS_INLINE V update_units(V grad_h, V h_previous, int64_t unit, int64_t count, int64_t t, int64_t row, int64_t local) {
-      int64_t packed_row = table.first_row[t] + row;
-      const T* saved = reserve.slots + packed_row * sizes.slot_stride() + unit;
+    template <bool full>
+    FS_INLINE V update_vector(const UnitPointers& at, V grad_h, V h_previous, int64_t v, int64_t count) {
       V slot[Cell::slots], c_previous{}, c{}, grad_c{}, direct{};
-      for (int s = 0; s < Cell::slots; ++s) slot[s] = load(saved + s * sizes.hidden_padded);
-      T* cell = b.grad_cell + row * sizes.hidden_padded + unit;
+#pragma GCC unroll 8
+      for (int s = 0; s < Cell::slots; ++s) slot[s] = load(at.saved + s * sizes.hidden_padded + v);
       if constexpr (Cell::has_cell) {
-        const T* before = cell_before(t, row);
-        c_previous = before ? load_partial(before + unit, count) : V{};
-        c = load(reserve.cells + packed_row * sizes.hidden_padded + unit);
-        grad_c = load(cell);
+        if (at.cell_before) c_previous = get<full>(at.cell_before + v, count);
+        c = load(at.cell + v);
+        grad_c = load(at.grad_cell + v);
       }
       Cell::template backward<Math<T>>(slot, h_previous, c_previous, c, grad_h, grad_c, direct);
-      if constexpr (Cell::has_cell) store(cell, grad_c);
-      for (int s = 0; s < Cell::slots; ++s)
-        store(b.grad_slots.at(local + row, s * sizes.hidden_padded + unit), keep_lanes<T>(slot[s], count));
+      if constexpr (Cell::has_cell) store(at.grad_cell + v, grad_c);
+#pragma GCC unroll 8
+      for (int s = 0; s < Cell::slots; ++s) store(at.grad_slots[s] + v, full ? slot[s] : keep_lanes<T>(slot[s], count));
       return direct;
     }
 
@@ -327,12 +372,13 @@ struct RnnBackward {
       alignas(64) static constexpr T zeros[W] = {};
       alignas(64) T scratch[block_rows * W];  // [row][W], dL/d(unprojected h)
       multiply_panel(b.grad_output, local + rows.begin, rows.count(), 0, sizes.projection,
-                     b.packed_projection + block * sizes.projection * W,
-                     b.packed_projection + (block + 1) * sizes.projection * W, zeros, 0, scratch, W);
-      for (int64_t row = rows.begin; row < rows.end; ++row)
-        for (int64_t unit = block * W; unit < minimum((block + 1) * W, sizes.hidden); unit += L)
-          update_units(load(scratch + (row - rows.begin) * W + unit - block * W), V{}, unit, sizes.hidden - unit, t, row,
-                       local);
+                     b.packed_projection + block * sizes.projection * W, zeros, 0, scratch, W);
+      int64_t count = sizes.hidden - block * W;
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        UnitPointers at = unit_pointers(block * W, t, row, local);
+        for (int64_t v = 0; v < W && v < count; v += L)
+          update_vector<false>(at, load(scratch + (row - rows.begin) * W + v), V{}, v, count - v);
+      }
     }
 
     void note_rows(Chunk chunk, int64_t chunk_first) {
@@ -406,15 +452,16 @@ struct RnnBackward {
           int64_t k = column + m;
           int64_t segment = minimum(mine.end - m, block_depth<T> - k % block_depth<T>);
           int64_t tiles = tile_count(segment);
+          EvenSplit tile_rows(segment, tiles);
           for (int64_t i = 0; i < tiles; ++i) {
-            Range part = split(segment, tiles, i);
+            Range part = tile_rows.part(i);
             for (int64_t p = first; p < last; ++p) {
               T* c = target + (m + part.begin) * width + p * W;
               const T* a = left.at(0, k + part.begin);
               const T* panel = panels + p * left.rows * W;
               if (width - p * W >= W)
                 run_tile<T, Walk::columns>(part.count(), a, panel, rows, first_chunk ? zeros : c, first_chunk ? 0 : width,
-                                           c, width, own_panel_ahead(panel));
+                                           c, width);
               else
                 edge_tile(part.count(), a, panel, rows, c, width, width - p * W, first_chunk);
             }
@@ -430,7 +477,7 @@ struct RnnBackward {
       alignas(64) T full[FS_TILE_ROWS * W] = {};  // [row][W]
       for (int64_t r = 0; r < tile_rows && !first_chunk; ++r)
         memcpy(full + r * W, c + r * c_stride, (size_t)columns * sizeof(T));
-      run_tile<T, Walk::columns>(tile_rows, a, panel, depth, full, W, full, W, own_panel_ahead(panel));
+      run_tile<T, Walk::columns>(tile_rows, a, panel, depth, full, W, full, W);
       for (int64_t r = 0; r < tile_rows; ++r) memcpy(c + r * c_stride, full + r * W, (size_t)columns * sizeof(T));
     }
 

@@ -245,19 +245,21 @@ struct RnnForward {
       int64_t ending = position + 1 < sizes.steps ? table.alive(walk.step(position + 1)) : 0;
       BlockedRows<T> before = b.h[position % 2], after = b.h[(position + 1) % 2];
       int64_t row_blocks = (alive + block_rows - 1) / block_rows;
+      EvenSplit blocks_of_rows(alive, row_blocks);
+      fetch_columns(before, 0, alive, Range{0, minimum(outputs.begin * W, sizes.output)});
+      fetch_columns(before, 0, alive, Range{outputs.end * W, sizes.output});
       for (int64_t i = 0; i < units.count(); ++i) {
         // There and back: the blocks used last are the ones still in cache.
-        bool backwards = position % 2;
-        int64_t block = backwards ? units.end - 1 - i : units.begin + i;
-        int64_t next = i + 1 < units.count() ? (backwards ? block - 1 : block + 1) : block;
-        const T* next_panels = b.packed_hidden + next * Cell::hidden_count * sizes.output * W;
+        int64_t block = position % 2 ? units.end - 1 - i : units.begin + i;
         for (int64_t j = 0; j < row_blocks; ++j)
-          update_block(block, split(alive, row_blocks, j), t, ending, chunk_first, before, after, next_panels);
+          update_block(block, blocks_of_rows.part(j), t, ending, chunk_first, before, after);
       }
       if (sizes.has_projection) {
         team.wait();
+        fetch_columns(b.hidden, 0, alive, Range{0, minimum(units.begin * W, sizes.hidden)});
+        fetch_columns(b.hidden, 0, alive, Range{units.end * W, sizes.hidden});
         for (int64_t block = outputs.begin; block < outputs.end; ++block)
-          for (int64_t j = 0; j < row_blocks; ++j) project_block(block, split(alive, row_blocks, j), t, ending, after);
+          for (int64_t j = 0; j < row_blocks; ++j) project_block(block, blocks_of_rows.part(j), t, ending, after);
       }
       team.wait();
     }
@@ -269,9 +271,22 @@ struct RnnForward {
       return s >= Cell::input_first && s < Cell::input_first + Cell::input_count;
     }
 
+    // Where one row keeps what belongs to the first unit of a block.
+    struct UnitPointers {
+      T* slots;          // [slots][hidden_padded]; NULL when the chunk has no slot buffer
+      T* cell;           // c, updated in place
+      T* saved_cell;     // reserve, or NULL
+      T* saved_hidden;   // reserve, with a projection, or NULL
+      T* final_cell;     // user's, NULL before the row's last step
+      T* final_hidden;   // likewise; both NULL-checked once per vector
+      const T* before;   // h_{t-1}
+      T* after;          // h_t, or the unprojected output
+      T* y;              // user's output, NULL with a projection
+    };
+
     // Product and cell update for one block of units and a few rows; the pre-activations stay in L1 between the two.
     FS_INLINE void update_block(int64_t block, Range rows, int64_t t, int64_t ending, int64_t chunk_first,
-                                BlockedRows<T> before, BlockedRows<T> after, const T* next_panels) {
+                                BlockedRows<T> before, BlockedRows<T> after) {
       alignas(64) T scratch[Cell::slots * block_rows * W];  // [slots][row][W]
       int64_t unit = block * W;
       int64_t packed_row = table.first_row[t];
@@ -282,51 +297,88 @@ struct RnnForward {
           bool has_input = is_input_slot(s);
           const T* init = has_input ? slots_at(packed_row + rows.begin, chunk_first) + column : b.bias + column;
           const T* panel = b.packed_hidden + (block * Cell::hidden_count + i) * sizes.output * W;
-          multiply_panel(before, rows.begin, rows.count(), 0, sizes.output, panel,
-                         i + 1 < Cell::hidden_count ? panel + sizes.output * W : next_panels, init,
+          multiply_panel(before, rows.begin, rows.count(), 0, sizes.output, panel, init,
                          has_input ? sizes.slot_stride() : 0, scratch + s * block_rows * W, W);
         }
       }
       for (int64_t row = rows.begin; row < rows.end; ++row) {
-        T* slots_row = saves || !layer.direct_input ? slots_at(packed_row + row, chunk_first) : nullptr;
-        for (int64_t v = 0; v < 2; ++v) {
-          int64_t lane_unit = unit + v * L, count = sizes.hidden - lane_unit;
-          if (count <= 0) break;
-          V slot[Cell::slots];
+        UnitPointers at = unit_pointers(unit, t, row, packed_row + row, chunk_first, row >= ending, before, after);
+        const T* sums = scratch + (row - rows.begin) * W;
+        int64_t count = sizes.hidden - unit;
+        if (!layer.direct_hidden && count >= W) {
+          update_vector<true>(at, sums, 0, L);
+          update_vector<true>(at, sums, L, L);
+          continue;
+        }
+        for (int64_t v = 0; v < W && v < count; v += L) {
           if (layer.direct_hidden) {
-            direct_slots(slot, lane_unit, count, slots_row, before, t, row);
+            V slot[Cell::slots];
+            direct_slots(slot, unit + v, count - v, at.slots ? at.slots + v : nullptr, before, t, row);
+            finish_vector<false>(slot, at, v, count - v);
           } else {
-            for (int s = 0; s < Cell::slots; ++s)
-              slot[s] = is_hidden_slot(s) ? load(scratch + (s * block_rows + row - rows.begin) * W + v * L)
-                                          : load(slots_row + s * sizes.hidden_padded + lane_unit);
+            update_vector<false>(at, sums, v, count - v);
           }
-          if (count < L)
-            for (int s = 0; s < Cell::slots; ++s) slot[s] = keep_lanes<T>(slot[s], count);
-          update_units(slot, lane_unit, count, slots_row, packed_row + row, t, row, row >= ending, before, after);
         }
       }
     }
 
-    FS_INLINE void update_units(V (&slot)[Cell::slots], int64_t unit, int64_t count, T* slots_row, int64_t packed_row,
-                                int64_t t, int64_t row, bool ends, BlockedRows<T> before, BlockedRows<T> after) {
-      V c{}, h;
-      T* cell = b.cell + row * sizes.hidden_padded + unit;
-      if constexpr (Cell::has_cell) c = load(cell);
-      V h_previous = sizes.has_projection ? V{} : load(before.at(row, unit));
-      Cell::template forward<Math<T>>(slot, h_previous, c, h);
-      if (saves)
-        for (int s = 0; s < Cell::slots; ++s) store(slots_row + s * sizes.hidden_padded + unit, slot[s]);
+    FS_INLINE UnitPointers unit_pointers(int64_t unit, int64_t t, int64_t row, int64_t packed_row, int64_t chunk_first,
+                                         bool ends, BlockedRows<T> before, BlockedRows<T> after) const {
+      UnitPointers at{};
+      bool projects = sizes.has_projection;
+      if (saves || !layer.direct_input) at.slots = slots_at(packed_row, chunk_first) + unit;
       if constexpr (Cell::has_cell) {
-        store(cell, c);
-        if (saves) store(reserve.cells + packed_row * sizes.hidden_padded + unit, c);
-        if (ends) store_partial(state_row(layer.call.final_cell, row, sizes.hidden) + unit, c, count);
+        at.cell = b.cell + row * sizes.hidden_padded + unit;
+        if (saves) at.saved_cell = reserve.cells + packed_row * sizes.hidden_padded + unit;
+        if (ends) at.final_cell = state_row(layer.call.final_cell, row, sizes.hidden) + unit;
       }
-      if (sizes.has_projection) {
-        store(b.hidden.at(row, unit), h);
-        if (saves) store(reserve.hidden + packed_row * sizes.hidden_padded + unit, h);
+      if (projects) {
+        at.after = b.hidden.at(row, unit);
+        if (saves) at.saved_hidden = reserve.hidden + packed_row * sizes.hidden_padded + unit;
       } else {
-        emit(h, unit, count, t, row, ends, after);
+        at.before = before.at(row, unit);
+        at.after = after.at(row, unit);
+        at.y = y.at(t, row) + unit;
+        if (ends) at.final_hidden = state_row(layer.call.final_hidden, row, sizes.output) + unit;
       }
+      return at;
+    }
+
+    // Cell update of one vector of units; full: all its lanes exist.
+    template <bool full>
+    FS_INLINE void update_vector(const UnitPointers& at, const T* sums, int64_t v, int64_t count) {
+      V slot[Cell::slots];
+#pragma GCC unroll 8
+      for (int s = 0; s < Cell::slots; ++s)
+        slot[s] = is_hidden_slot(s) ? load(sums + s * block_rows * W + v) : load(at.slots + s * sizes.hidden_padded + v);
+      finish_vector<full>(slot, at, v, count);
+    }
+
+    template <bool full>
+    FS_INLINE void finish_vector(V (&slot)[Cell::slots], const UnitPointers& at, int64_t v, int64_t count) {
+      auto put = [count](T* target, V value) {
+        if (full)
+          store(target, value);
+        else
+          store_partial(target, value, count);
+      };
+      if (!full)
+        for (int s = 0; s < Cell::slots; ++s) slot[s] = keep_lanes<T>(slot[s], count);
+      V c{}, h;
+      if constexpr (Cell::has_cell) c = load(at.cell + v);
+      Cell::template forward<Math<T>>(slot, at.before ? load(at.before + v) : V{}, c, h);
+      if (saves)
+#pragma GCC unroll 8
+        for (int s = 0; s < Cell::slots; ++s) store(at.slots + s * sizes.hidden_padded + v, slot[s]);
+      if constexpr (Cell::has_cell) {
+        store(at.cell + v, c);
+        if (at.saved_cell) store(at.saved_cell + v, c);
+        if (at.final_cell) put(at.final_cell + v, c);
+      }
+      store(at.after + v, h);
+      if (at.saved_hidden) store(at.saved_hidden + v, h);
+      if (at.y) put(at.y + v, h);
+      if (at.final_hidden) put(at.final_hidden + v, h);
     }
 
     FS_INLINE void emit(V h, int64_t column, int64_t count, int64_t t, int64_t row, bool ends, BlockedRows<T> after) {
@@ -336,12 +388,12 @@ struct RnnForward {
     }
 
     // Pre-activations of `count` units of one row, straight from the unpacked weights.
-    FS_INLINE void direct_slots(V (&slot)[Cell::slots], int64_t unit, int64_t count, const T* slots_row,
+    FS_INLINE void direct_slots(V (&slot)[Cell::slots], int64_t unit, int64_t count, const T* slots,
                                 BlockedRows<T> before, int64_t t, int64_t row) {
       for (int s = 0; s < Cell::slots; ++s) {
         int64_t column = s * sizes.hidden_padded + unit;
         if (is_input_slot(s) && !layer.direct_input) {
-          slot[s] = load(slots_row + column);
+          slot[s] = load(slots + s * sizes.hidden_padded);
         } else {
           slot[s] = load(b.bias + column);
           if (is_input_slot(s))
@@ -361,7 +413,7 @@ struct RnnForward {
       int64_t column = block * W;
       if (!layer.direct_hidden)
         multiply_panel(b.hidden, rows.begin, rows.count(), 0, sizes.hidden, b.packed_projection + block * sizes.hidden * W,
-                       b.packed_projection + (block + 1) * sizes.hidden * W, zeros, 0, scratch, W);
+                       zeros, 0, scratch, W);
       for (int64_t row = rows.begin; row < rows.end; ++row)
         for (int64_t v = 0; v < 2; ++v) {
           int64_t first = column + v * L, count = sizes.output - first;

@@ -132,6 +132,15 @@ struct DirectionTeams {
   }
 };
 
+// Asks for columns [columns.begin, columns.end) of some rows that other cores have just written. Fetched one by one as the
+// product comes to them, each line would cost a round trip between cores; asked for together they overlap.
+template <class T>
+FS_INLINE void fetch_columns(BlockedRows<T> matrix, int64_t first_row, int64_t rows, Range columns) {
+  constexpr int64_t line = 64 / (int64_t)sizeof(T);
+  for (int64_t k = columns.begin; k < columns.end; k += line)
+    for (int64_t row = 0; row < rows; ++row) __builtin_prefetch(matrix.at(first_row + row, k), 0, 2);
+}
+
 // Fills the pad of the last vector so that what runs beyond the hidden size stays zero even next to Inf and NaN.
 template <class T>
 FS_INLINE Vec<T> keep_lanes(Vec<T> value, int64_t count) {
