@@ -35,16 +35,16 @@ enum fastseq_unary { FASTSEQ_EXP = 0, FASTSEQ_TANH = 1, FASTSEQ_SIGMOID = 2, FAS
 // batch_sizes[t] rows are alive at step t; they never grow with t. row_order sorts a padded batch by falling length and
 // NULL means the identity; it applies to the states as well.
 struct fastseq_rnn_shape {
-  int64_t steps;                // T
-  int64_t batch;                // B
-  int64_t input_size;           // I
-  int64_t hidden_size;          // H
-  int64_t projection_size;      // P, or 0 without projection
-  int64_t directions;           // D, 1 or 2
-  const int64_t* batch_sizes;   // [T] rows alive at each step, or NULL: B at every step
-  const int64_t* row_order;     // [B] batch index of sorted row r, or NULL
-  int32_t packed;               // 1: x and y hold only the rows that are alive, step after step
-  int32_t threads;              // upper bound on the threads to use
+  int64_t steps;               // T
+  int64_t batch;               // B
+  int64_t input_size;          // I
+  int64_t hidden_size;         // H
+  int64_t projection_size;     // P, or 0 without projection
+  int64_t directions;          // D, 1 or 2
+  const int64_t* batch_sizes;  // [T] rows alive at each step, or NULL: B at every step
+  const int64_t* row_order;    // [B] batch index of sorted row r, or NULL
+  int32_t packed;              // 1: x and y hold only the rows that are alive, step after step
+  int32_t threads;             // upper bound on the threads to use
 };
 
 // A matrix of rows addressed by (step, row) as described above; the last dimension has unit stride.
@@ -84,17 +84,17 @@ struct fastseq_rnn_weight_gradients {
 
 struct fastseq_rnn_backward {
   struct fastseq_rnn_shape shape;
-  struct fastseq_sequence x;          // as in forward
-  struct fastseq_sequence y;          // forward's output
-  struct fastseq_sequence grad_y;     // [T, B, D*R], data may be NULL: zero
-  struct fastseq_sequence grad_x;     // [T, B, I], data NULL: not asked for
-  const void* initial_hidden;         // as in forward
-  const void* initial_cell;           // as in forward
-  const void* grad_final_hidden;      // [D, B, R] or NULL: zero
-  const void* grad_final_cell;        // [D, B, H] or NULL: zero
-  void* grad_initial_hidden;          // [D, B, R] or NULL: not asked for
-  void* grad_initial_cell;            // [D, B, H] or NULL: not asked for
-  const void* reserve;                // written by forward
+  struct fastseq_sequence x;       // as in forward
+  struct fastseq_sequence y;       // forward's output
+  struct fastseq_sequence grad_y;  // [T, B, D*R], data may be NULL: zero
+  struct fastseq_sequence grad_x;  // [T, B, I], data NULL: not asked for
+  const void* initial_hidden;      // as in forward
+  const void* initial_cell;        // as in forward
+  const void* grad_final_hidden;   // [D, B, R] or NULL: zero
+  const void* grad_final_cell;     // [D, B, H] or NULL: zero
+  void* grad_initial_hidden;       // [D, B, R] or NULL: not asked for
+  void* grad_initial_cell;         // [D, B, H] or NULL: not asked for
+  const void* reserve;             // written by forward
   struct fastseq_rnn_weights weights[FASTSEQ_MAX_DIRECTIONS];
   struct fastseq_rnn_weight_gradients grad_weights[FASTSEQ_MAX_DIRECTIONS];
 };
@@ -102,8 +102,7 @@ struct fastseq_rnn_backward {
 typedef int (*fastseq_rnn_forward_function)(const struct fastseq_rnn_forward*);
 typedef int (*fastseq_rnn_backward_function)(const struct fastseq_rnn_backward*);
 // rows: rows alive over all steps, i.e. T*B for a rectangle.
-typedef size_t (*fastseq_rnn_reserve_function)(int64_t rows, int64_t hidden_size, int64_t projection_size,
-                                               int64_t directions);
+typedef size_t (*fastseq_rnn_reserve_function)(int64_t rows, int64_t hidden_size, int64_t projection_size, int64_t directions);
 typedef void (*fastseq_unary_function)(const void* input, void* output, int64_t count);
 
 struct fastseq_kernel_table {
@@ -119,14 +118,14 @@ struct fastseq_kernel_table {
 enum fastseq_status { FASTSEQ_OK = 0, FASTSEQ_OUT_OF_MEMORY = 1 };
 
 // --- dispatch.cpp
-int fastseq_isa_count(void);                  // tiers compiled into this library, from the plainest up
+int fastseq_isa_count(void);  // tiers compiled into this library, from the plainest up
 const char* fastseq_isa_name(int index);
-int fastseq_isa_usable(int index);            // does this processor run it
+int fastseq_isa_usable(int index);  // does this processor run it
 const struct fastseq_kernel_table* fastseq_table(int index);
 const char* fastseq_cell_name(int cell);
 
 // --- runtime.cpp
-const char* fastseq_openmp_library(void);     // path of the OpenMP runtime in use, or NULL: single-threaded
+const char* fastseq_openmp_library(void);  // path of the OpenMP runtime in use, or NULL: single-threaded
 int fastseq_max_threads(void);
 
 #ifdef __cplusplus

@@ -1,6 +1,7 @@
-"""The recurrent cells by name, in numbers. Their maths is in ``csrc/cells`` and ``backends/reference.py``.
+"""The recurrent cells by name, in numbers.
 
-No torch here: the benchmark's case registry reads this table too.
+Their maths is in ``csrc/cells`` and ``backends/reference.py``. No torch here: the benchmark's case
+registry reads this table too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ __all__ = ["CELLS", "GATES"]
 
 
 class CellSizes(NamedTuple):
-    """``gates``: row blocks of a weight matrix. ``saved``: values per unit and step that backward
+    """What the layers need to know of a cell.
+
+    ``gates``: row blocks of a weight matrix. ``saved``: values per unit and step that backward
     needs, which is what ``csrc/cells`` calls slots, plus one for a cell state.
     """
 

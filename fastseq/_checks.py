@@ -19,7 +19,6 @@ from fastseq._cells import GATES
 from fastseq.backends import fallback_reason
 
 
-
 def hidden_size(cell: str, weights: Sequence[Tensor]) -> int:
     """H, which the rows of ``w_hh`` tell also where its columns are the projection's."""
     return weights[1].size(0) // GATES[cell]

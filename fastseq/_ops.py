@@ -11,7 +11,7 @@ answered by the reference composite, which is made of differentiable torch opera
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,18 +27,20 @@ Outputs = tuple[Tensor, Tensor, Tensor | None]
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
-# Everything about a layer that is not a tensor: (cell, has_biases, proj_size, bidirectional, batch_first).
+# What is not a tensor: (cell, has_biases, proj_size, bidirectional, batch_first).
 Options = tuple[str, bool, int, bool, bool]
 
 _library = torch.library.Library("fastseq", "DEF")
 _library.define(
-    "rnn_forward(Tensor input, Tensor? hx, Tensor? cx, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
+    "rnn_forward(Tensor input, Tensor? hx, Tensor? cx, Tensor[] weights, "
+    "Tensor? batch_sizes, Tensor? lengths, "
     "str cell, bool has_biases, int proj_size, bool bidirectional, bool batch_first, bool save) "
     "-> (Tensor output, Tensor hy, Tensor cy, Tensor reserve)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 _library.define(
-    "rnn_backward(Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor input, Tensor? hx, Tensor? cx, "
+    "rnn_backward(Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, "
+    "Tensor input, Tensor? hx, Tensor? cx, "
     "Tensor[] weights, Tensor output, Tensor reserve, Tensor? batch_sizes, Tensor? lengths, "
     "str cell, bool has_biases, int proj_size, bool bidirectional, bool batch_first, bool[] needs) "
     "-> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)",
@@ -117,7 +119,7 @@ def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
 # --- fake kernels: shapes without values
 
 
-@torch.library.register_fake("fastseq::rnn_forward", lib=_library)
+@torch.library.register_fake("fastseq::rnn_forward", lib=_library)  # type: ignore[untyped-decorator]
 def _rnn_forward_fake(
     input: Tensor,
     hx: Tensor | None,
@@ -143,7 +145,8 @@ def _rnn_forward_fake(
         batch, rows = hx.shape[1], input.shape[0]
     else:
         # The widest step is a value of batch_sizes, unknown while a graph is recorded.
-        batch, rows = torch.library.get_ctx().new_dynamic_size(), input.shape[0]
+        batch = cast(int, torch.library.get_ctx().new_dynamic_size())
+        rows = input.shape[0]
     output = input.new_empty((*input.shape[:-1], directions * width))
     hy = input.new_empty((directions, batch, width))
     cy = input.new_empty((directions, batch, hidden) if cell == "lstm" else 0)
@@ -151,7 +154,7 @@ def _rnn_forward_fake(
     return output, hy, cy, input.new_empty(elements)
 
 
-@torch.library.register_fake("fastseq::rnn_backward", lib=_library)
+@torch.library.register_fake("fastseq::rnn_backward", lib=_library)  # type: ignore[untyped-decorator]
 def _rnn_backward_fake(
     grad_output: Tensor | None,
     grad_hy: Tensor | None,
@@ -214,7 +217,17 @@ def _backward(
         )
     else:
         result = torch.ops.fastseq.rnn_backward(
-            *grads, input, hx, cx, weights, output, reserve, batch_sizes, lengths, *ctx.options, needs
+            *grads,
+            input,
+            hx,
+            cx,
+            weights,
+            output,
+            reserve,
+            batch_sizes,
+            lengths,
+            *ctx.options,
+            needs,
         )
     grad_input, grad_hx, grad_cx, grad_weights = result
     return (
@@ -242,9 +255,9 @@ def _differentiable_backward(
     lengths: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
-    """The gradients as a differentiable graph, for double backward: the composite, differentiated."""
+    """The gradients as a differentiable graph, for double backward, by way of the composite."""
     sources = [input, hx, cx, *weights]
-    wanted = [tensor for tensor, needed in zip(sources, needs, strict=True) if needed]
+    wanted = [t for t, needed in zip(sources, needs, strict=True) if needed and t is not None]
     with torch.enable_grad():
         outputs = reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
         pairs = [
@@ -269,7 +282,7 @@ class _RnnLayer(torch.autograd.Function):
     """The same formula for plain tensors, without the dispatcher in between."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         hx: Tensor | None,
@@ -288,7 +301,7 @@ class _RnnLayer(torch.autograd.Function):
         return output, hy, cy
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_output: Tensor | None, grad_hy: Tensor | None, grad_cy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         input, hx, cx, batch_sizes, lengths, output, reserve, *weights = ctx.saved_tensors
@@ -300,7 +313,17 @@ class _RnnLayer(torch.autograd.Function):
             )
         else:
             grad_input, grad_hx, grad_cx, grad_weights = _cpu().rnn_backward(
-                *grads, input, hx, cx, weights, output, reserve, *ctx.options, batch_sizes, lengths, needs
+                *grads,
+                input,
+                hx,
+                cx,
+                weights,
+                output,
+                reserve,
+                *ctx.options,
+                batch_sizes,
+                lengths,
+                needs,
             )
         return grad_input, grad_hx, grad_cx, None, None, None, *grad_weights
 
@@ -318,7 +341,7 @@ def _is_watched() -> bool:
 
 
 def _has_lazy_negation(*tensors: Tensor | None) -> bool:
-    """A tensor's memory holds the negated values (``z.conj().imag``); the dispatcher resolves that."""
+    """Memory holds the negated values (``z.conj().imag``); the dispatcher resolves that."""
     return any(tensor is not None and tensor.is_neg() for tensor in tensors)
 
 

@@ -26,8 +26,7 @@ struct Lstm {
   // slot: in what forward saved, out the gradients of the pre-activations. grad_c: in dL/dc_t without the path through
   // h_t, out dL/dc_{t-1}. tanh(c_t) is computed again: cheaper than keeping it.
   template <class Math, class V = typename Math::Value>
-  static FS_INLINE void backward(V (&slot)[slots], V /*h_previous*/, V c_previous, V c, V grad_h, V& grad_c,
-                                 V& grad_h_direct) {
+  static FS_INLINE void backward(V (&slot)[slots], V /*h_previous*/, V c_previous, V c, V grad_h, V& grad_c, V& grad_h_direct) {
     V one = Math::constant(1);
     V i = slot[0], f = slot[1], g = slot[2], o = slot[3];
     V tanh_c = Math::tanh(c);

@@ -34,13 +34,9 @@ const char* const cell_names[] = {
 
 extern "C" {
 
-int fastseq_isa_count(void) {
-  return (int)(sizeof(tiers) / sizeof(tiers[0]));
-}
+int fastseq_isa_count(void) { return (int)(sizeof(tiers) / sizeof(tiers[0])); }
 
-const char* fastseq_isa_name(int index) {
-  return tiers[index].name;
-}
+const char* fastseq_isa_name(int index) { return tiers[index].name; }
 
 int fastseq_isa_usable(int index) {
 #if defined(__x86_64__)
@@ -49,12 +45,8 @@ int fastseq_isa_usable(int index) {
   return tiers[index].usable();
 }
 
-const fastseq_kernel_table* fastseq_table(int index) {
-  return tiers[index].table;
-}
+const fastseq_kernel_table* fastseq_table(int index) { return tiers[index].table; }
 
-const char* fastseq_cell_name(int cell) {
-  return cell_names[cell];
-}
+const char* fastseq_cell_name(int cell) { return cell_names[cell]; }
 
 }  // extern "C"

@@ -27,7 +27,7 @@ inline constexpr int64_t padded_multiple = 32;
 
 template <class T>
 struct BlockedRows {
-  T* data;       // [ceil(K / block_depth)][rows][block_stride]
+  T* data;  // [ceil(K / block_depth)][rows][block_stride]
   int64_t rows;
 
   FS_INLINE T* at(int64_t row, int64_t k) const {
@@ -46,8 +46,8 @@ enum class Walk { rows, columns };
 // Weights that come from L3 are asked for prefetch_turns early: 141 instead of 131 GFLOP/s a core there (14 rows, Cascade
 // Lake, peak 153), and nothing lost when they are in L2.
 template <class T, Walk walk, int R>
-FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int64_t depth, const T* init,
-                      int64_t init_stride, T* c, int64_t c_stride) {
+FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int64_t depth, const T* init, int64_t init_stride,
+                      T* c, int64_t c_stride) {
   constexpr int64_t prefetch_turns = 8;
   constexpr int64_t row_step = walk == Walk::rows ? block_stride<T> : 1;
   constexpr int64_t k_step = walk == Walk::rows ? 1 : block_stride<T>;
@@ -77,20 +77,19 @@ FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int
 template <class T>
 using TileFunction = void (*)(const T*, const T*, int64_t, const T*, int64_t, T*, int64_t);
 
-
 template <class T, Walk walk>
 FS_INLINE void run_tile(int64_t rows, const T* a, const T* panel, int64_t depth, const T* init, int64_t init_stride, T* c,
                         int64_t c_stride) {
 #if FS_TILE_ROWS == 14
-  static constexpr TileFunction<T> table[] = {
-      nullptr,           tile<T, walk, 1>,  tile<T, walk, 2>,  tile<T, walk, 3>, tile<T, walk, 4>,
-      tile<T, walk, 5>,  tile<T, walk, 6>,  tile<T, walk, 7>,  tile<T, walk, 8>, tile<T, walk, 9>,
-      tile<T, walk, 10>, tile<T, walk, 11>, tile<T, walk, 12>, tile<T, walk, 13>, tile<T, walk, 14>};
+  static constexpr TileFunction<T> table[] = {nullptr,           tile<T, walk, 1>,  tile<T, walk, 2>,  tile<T, walk, 3>,
+                                              tile<T, walk, 4>,  tile<T, walk, 5>,  tile<T, walk, 6>,  tile<T, walk, 7>,
+                                              tile<T, walk, 8>,  tile<T, walk, 9>,  tile<T, walk, 10>, tile<T, walk, 11>,
+                                              tile<T, walk, 12>, tile<T, walk, 13>, tile<T, walk, 14>};
 #elif FS_TILE_ROWS == 12
-  static constexpr TileFunction<T> table[] = {
-      nullptr,          tile<T, walk, 1>, tile<T, walk, 2>, tile<T, walk, 3>,  tile<T, walk, 4>,  tile<T, walk, 5>,
-      tile<T, walk, 6>, tile<T, walk, 7>, tile<T, walk, 8>, tile<T, walk, 9>, tile<T, walk, 10>, tile<T, walk, 11>,
-      tile<T, walk, 12>};
+  static constexpr TileFunction<T> table[] = {nullptr,          tile<T, walk, 1>, tile<T, walk, 2>,  tile<T, walk, 3>,
+                                              tile<T, walk, 4>, tile<T, walk, 5>, tile<T, walk, 6>,  tile<T, walk, 7>,
+                                              tile<T, walk, 8>, tile<T, walk, 9>, tile<T, walk, 10>, tile<T, walk, 11>,
+                                              tile<T, walk, 12>};
 #else
   static constexpr TileFunction<T> table[] = {nullptr,          tile<T, walk, 1>, tile<T, walk, 2>, tile<T, walk, 3>,
                                               tile<T, walk, 4>, tile<T, walk, 5>, tile<T, walk, 6>};
@@ -99,15 +98,13 @@ FS_INLINE void run_tile(int64_t rows, const T* a, const T* panel, int64_t depth,
 }
 
 // Rows are dealt to tiles evenly: 16 rows go as 8 + 8, not as 14 + 2, because a short tile waits for W.
-FS_INLINE int64_t tile_count(int64_t rows) {
-  return (rows + FS_TILE_ROWS - 1) / FS_TILE_ROWS;
-}
+FS_INLINE int64_t tile_count(int64_t rows) { return (rows + FS_TILE_ROWS - 1) / FS_TILE_ROWS; }
 
 // c[rows][panel_width] = init + A[first_row ... , first_k ... first_k + depth) * panel.
 template <class T>
 FS_INLINE void multiply_panel(BlockedRows<T> a, int64_t first_row, int64_t rows, int64_t first_k, int64_t depth,
-                              const T* panel /* [depth][panel_width] */, const T* init,
-                              int64_t init_stride, T* c, int64_t c_stride) {
+                              const T* panel /* [depth][panel_width] */, const T* init, int64_t init_stride, T* c,
+                              int64_t c_stride) {
   int64_t tiles = tile_count(rows);
   EvenSplit tile_rows(rows, tiles);
   for (int64_t done = 0; done < depth;) {

@@ -15,7 +15,7 @@ struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   static constexpr int degree = 5, mantissa_bits = 23, exponent_bias = 127;
-  static constexpr float q[] = {0.5000000014276589f,   0.16666666682523657f,  0.041666456904062641f,
+  static constexpr float q[] = {0.5000000014276589f,    0.16666666682523657f,   0.041666456904062641f,
                                 0.0083333100347067069f, 0.0013934531655088020f, 0.00019891969905683137f};
   // ln 2 in two parts, the first short enough that n * ln2_high is exact.
   static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
@@ -74,12 +74,8 @@ struct Math {
   using C = ExpConstants<T>;
 
   static FS_INLINE Value constant(T value) { return broadcast<T>(value); }
-  static FS_INLINE Value fused_multiply_add(Value a, Value b, Value c) {
-    return FS_ISA::fused_multiply_add(a, b, c);
-  }
-  static FS_INLINE Value fused_negate_multiply_add(Value a, Value b, Value c) {
-    return FS_ISA::fused_multiply_add(-a, b, c);
-  }
+  static FS_INLINE Value fused_multiply_add(Value a, Value b, Value c) { return FS_ISA::fused_multiply_add(a, b, c); }
+  static FS_INLINE Value fused_negate_multiply_add(Value a, Value b, Value c) { return FS_ISA::fused_multiply_add(-a, b, c); }
 
   static FS_INLINE Value exp(Value x) {
     Value overflow = broadcast<T>(C::overflow), underflow = broadcast<T>(C::underflow);
@@ -90,8 +86,7 @@ struct Math {
     auto positive = x > broadcast<T>(0);
     IntVec<T> half_step = (IntVec<T>)positive & (IntVec<T>{} + 1) << C::mantissa_bits;
     Value scale = (Value)((IntVec<T>)reduced.scale - half_step);
-    Value result = FS_ISA::fused_multiply_add(scale, reduced.p, scale) *
-                   (positive ? broadcast<T>(2) : broadcast<T>(1));
+    Value result = FS_ISA::fused_multiply_add(scale, reduced.p, scale) * (positive ? broadcast<T>(2) : broadcast<T>(1));
     result = x > overflow ? broadcast<T>(T(__builtin_inff())) : result;
     return x < underflow ? broadcast<T>(0) : result;
   }

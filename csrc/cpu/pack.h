@@ -19,8 +19,7 @@ void pack_transposed(const T* w /* [valid_columns, depth], row stride w_stride *
     for (int64_t k = 0; k < depth; k += L) {
       int64_t count = minimum(L, depth - k);
       Vec<T> block[L];
-      for (int j = 0; j < L; ++j)
-        block[j] = j < columns ? load_partial(source + j * w_stride + k, count) : Vec<T>{};
+      for (int j = 0; j < L; ++j) block[j] = j < columns ? load_partial(source + j * w_stride + k, count) : Vec<T>{};
       transpose<T>(block);
       for (int64_t j = 0; j < count; ++j) store(target + (k + j) * panel_width<T>, block[j]);
     }

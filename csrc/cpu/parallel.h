@@ -48,25 +48,16 @@ struct EvenSplit {
     return {begin, begin + base + (index < extra ? 1 : 0)};
   }
 };
-FS_INLINE Range split(int64_t count, int64_t parts, int64_t index) {
-  return EvenSplit(count, parts).part(index);
-}
+FS_INLINE Range split(int64_t count, int64_t parts, int64_t index) { return EvenSplit(count, parts).part(index); }
 
 template <class Body>
 void run_parallel(int threads, Body& body) {
-  fastseq_run_parallel(
-      threads, [](void* context, int rank, int size) { (*(Body*)context)(rank, size); }, &body);
+  fastseq_run_parallel(threads, [](void* context, int rank, int size) { (*(Body*)context)(rank, size); }, &body);
 }
 
-FS_INLINE int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-FS_INLINE int64_t minimum(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-FS_INLINE int64_t maximum(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
+FS_INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+FS_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+FS_INLINE int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Hands out aligned pieces of one block. Run once with base NULL to learn the size, once with the block.
 struct Arena {

@@ -21,20 +21,20 @@ struct RnnBackward {
   static constexpr int64_t block_rows = 5 * FS_TILE_ROWS;
 
   struct DirectionBuffers {
-    T* packed_input;       // [input panels][input_count * hidden_padded][W], for the input's gradient
-    T* packed_hidden;      // [output_blocks][hidden_count * hidden_padded][W]
-    T* packed_projection;  // [unit_blocks][P][W]
-    T* grad_h;             // [B][output_padded], carried from step to step
-    T* grad_cell;          // [B][hidden_padded]
+    T* packed_input;             // [input panels][input_count * hidden_padded][W], for the input's gradient
+    T* packed_hidden;            // [output_blocks][hidden_count * hidden_padded][W]
+    T* packed_projection;        // [unit_blocks][P][W]
+    T* grad_h;                   // [B][output_padded], carried from step to step
+    T* grad_cell;                // [B][hidden_padded]
     BlockedRows<T> grad_slots;   // [capacity, slots * hidden_padded]
     BlockedRows<T> grad_output;  // [capacity, P], only with a projection: dL/dh in all
     const T** x_rows;            // [capacity] where the chunk's rows lie
     const T** h_rows;            // [capacity] h_{t-1}; NULL for zeros
-    T* x_panels;       // [input panels][capacity][W], the chunk's inputs as the right factor of a weight gradient
-    T* h_panels;       // [output_blocks][capacity][W]
-    T* hidden_panels;  // [unit_blocks][capacity][W], with a projection
-    T* grad_x;         // [capacity][input_padded]
-    T* grad_x_rows;    // [rows][I], second direction when both run side by side
+    T* x_panels;                 // [input panels][capacity][W], the chunk's inputs as the right factor of a weight gradient
+    T* h_panels;                 // [output_blocks][capacity][W]
+    T* hidden_panels;            // [unit_blocks][capacity][W], with a projection
+    T* grad_x;                   // [capacity][input_padded]
+    T* grad_x_rows;              // [rows][I], second direction when both run side by side
   };
 
   const fastseq_rnn_backward& call;
@@ -121,8 +121,7 @@ struct RnnBackward {
 
   FS_INLINE void add_row(const T* from /* [I] */, T* to /* [I] */) const {
     for (int64_t i = 0; i < sizes.input; i += L)
-      store_partial(to + i, load_partial(to + i, sizes.input - i) + load_partial(from + i, sizes.input - i),
-                    sizes.input - i);
+      store_partial(to + i, load_partial(to + i, sizes.input - i) + load_partial(from + i, sizes.input - i), sizes.input - i);
   }
 
   // One thread's share of one direction.
@@ -199,8 +198,8 @@ struct RnnBackward {
       for (int64_t panel = input.begin; panel < input.end; ++panel)
         pack(weights.input, sizes.input, Cell::input_count, Cell::gate_of_input, panel, b.packed_input);
       for (int64_t block = units.begin; block < units.end && sizes.has_projection; ++block)
-        pack_rows<T>([&](int64_t k) { return (const T*)weights.projection + k * hidden + block * W; },
-                     hidden - block * W, sizes.projection, b.packed_projection + block * sizes.projection * W);
+        pack_rows<T>([&](int64_t k) { return (const T*)weights.projection + k * hidden + block * W; }, hidden - block * W,
+                     sizes.projection, b.packed_projection + block * sizes.projection * W);
       // The products run over padded columns; beyond the hidden size the gradients are never written again.
       if (padded != hidden) {
         Range share = split(BlockedRows<T>::size(b.grad_slots.rows, sizes.slots * sizes.hidden_padded), team.size, team.rank);
@@ -236,8 +235,7 @@ struct RnnBackward {
       };
       each_state_vector(layer.call.grad_initial_hidden, b.grad_h, layer.output_padded, sizes.output, outputs, store_vector);
       if constexpr (Cell::has_cell)
-        each_state_vector(layer.call.grad_initial_cell, b.grad_cell, sizes.hidden_padded, sizes.hidden, units,
-                          store_vector);
+        each_state_vector(layer.call.grad_initial_cell, b.grad_cell, sizes.hidden_padded, sizes.hidden, units, store_vector);
     }
 
     // The step that came before t in forward, or -1 / T when t was the first.
@@ -282,17 +280,16 @@ struct RnnBackward {
         int64_t block = position % 2 ? outputs.end - 1 - i : outputs.begin + i;
         T* carried = b.grad_h + block * W;
         const T* panel = b.packed_hidden + block * depth * W;
-        multiply_panel(b.grad_slots, local, alive, Cell::hidden_first * sizes.hidden_padded, depth, panel,
-                       carried, layer.output_padded, carried,
-                       layer.output_padded);
+        multiply_panel(b.grad_slots, local, alive, Cell::hidden_first * sizes.hidden_padded, depth, panel, carried,
+                       layer.output_padded, carried, layer.output_padded);
       }
     }
 
     // Where one row keeps what belongs to the first unit of a block.
     struct UnitPointers {
-      const T* saved;          // [slots][hidden_padded]
-      const T* cell;           // c_t
-      const T* cell_before;    // c_{t-1}, or NULL for zeros
+      const T* saved;        // [slots][hidden_padded]
+      const T* cell;         // c_t
+      const T* cell_before;  // c_{t-1}, or NULL for zeros
       T* grad_cell;
       T* grad_slots[Cell::slots];
     };
@@ -460,8 +457,8 @@ struct RnnBackward {
               const T* a = left.at(0, k + part.begin);
               const T* panel = panels + p * left.rows * W;
               if (width - p * W >= W)
-                run_tile<T, Walk::columns>(part.count(), a, panel, rows, first_chunk ? zeros : c, first_chunk ? 0 : width,
-                                           c, width);
+                run_tile<T, Walk::columns>(part.count(), a, panel, rows, first_chunk ? zeros : c, first_chunk ? 0 : width, c,
+                                           width);
               else
                 edge_tile(part.count(), a, panel, rows, c, width, width - p * W, first_chunk);
             }
@@ -501,9 +498,8 @@ struct RnnBackward {
       int64_t stride = layer.input_padded;
       Range mine = split(chunk.rows, team.size, team.rank);
       multiply_blocked(
-          b.grad_slots, mine, Cell::input_first * sizes.hidden_padded, Cell::input_count * sizes.hidden_padded,
-          b.packed_input, Range{0, layer.input_panels},
-          [&](int64_t row, int64_t panel) { return b.grad_x + row * stride + panel * W; }, stride,
+          b.grad_slots, mine, Cell::input_first * sizes.hidden_padded, Cell::input_count * sizes.hidden_padded, b.packed_input,
+          Range{0, layer.input_panels}, [&](int64_t row, int64_t panel) { return b.grad_x + row * stride + panel * W; }, stride,
           [&](int64_t) { return zeros; });
       bool adds = index == 1 && !b.grad_x_rows;
       for (int64_t position = chunk.begin; position < chunk.end; ++position) {

@@ -27,15 +27,15 @@ struct RnnForward {
   static constexpr int64_t direct_rows = 4;
 
   struct DirectionBuffers {
-    T* packed_input;       // [unit_blocks * input_count][I][W]
-    T* packed_hidden;      // [unit_blocks * hidden_count][R][W]
-    T* packed_projection;  // [output_blocks][H][W]
-    T* bias;               // [slots][hidden_padded]
-    T* chunk_slots;        // [chunk_capacity][slot_stride], inference only
-    T* cell;               // [B][hidden_padded]
-    BlockedRows<T> x;      // [chunk_capacity, I]
-    BlockedRows<T> h[2];   // [B, R], the state before and after a step
-    BlockedRows<T> hidden; // [B, H], outputs before the projection
+    T* packed_input;        // [unit_blocks * input_count][I][W]
+    T* packed_hidden;       // [unit_blocks * hidden_count][R][W]
+    T* packed_projection;   // [output_blocks][H][W]
+    T* bias;                // [slots][hidden_padded]
+    T* chunk_slots;         // [chunk_capacity][slot_stride], inference only
+    T* cell;                // [B][hidden_padded]
+    BlockedRows<T> x;       // [chunk_capacity, I]
+    BlockedRows<T> h[2];    // [B, R], the state before and after a step
+    BlockedRows<T> hidden;  // [B, H], outputs before the projection
   };
 
   const fastseq_rnn_forward& call;
@@ -138,8 +138,10 @@ struct RnnForward {
       for (int64_t position = 0; position < sizes.steps;) {
         Chunk chunk = next_chunk(table, walk, position, chunk_target_rows);
         int64_t first = table.first_row[minimum(walk.step(chunk.begin), walk.step(chunk.end - 1))];
-        if (!layer.direct_input) input_product(chunk, first);
-        else if (position == 0) team.wait();  // h0 is in place
+        if (!layer.direct_input)
+          input_product(chunk, first);
+        else if (position == 0)
+          team.wait();  // h0 is in place
         for (; position < chunk.end; ++position) step(position, first);
       }
     }
@@ -152,9 +154,8 @@ struct RnnForward {
           pack_transposed((const T*)weights.input + (Cell::gate_of_input(i) * hidden + unit) * sizes.input, sizes.input,
                           columns, sizes.input, b.packed_input + (block * Cell::input_count + i) * sizes.input * W);
         for (int i = 0; i < Cell::hidden_count && !layer.direct_hidden; ++i)
-          pack_transposed((const T*)weights.hidden + (Cell::gate_of_hidden(i) * hidden + unit) * sizes.output,
-                          sizes.output, columns, sizes.output,
-                          b.packed_hidden + (block * Cell::hidden_count + i) * sizes.output * W);
+          pack_transposed((const T*)weights.hidden + (Cell::gate_of_hidden(i) * hidden + unit) * sizes.output, sizes.output,
+                          columns, sizes.output, b.packed_hidden + (block * Cell::hidden_count + i) * sizes.output * W);
         T* bias = b.bias + unit;
         for (int s = 0; s < Cell::slots; ++s)
           for (int64_t j = 0; j < W; ++j) bias[s * sizes.hidden_padded + j] = 0;
@@ -210,8 +211,7 @@ struct RnnForward {
       if (table.shape->packed || !table.shape->batch_sizes) return;
       Range steps = split(sizes.steps, team.size, team.rank);
       for (int64_t t = steps.begin; t < steps.end; ++t)
-        for (int64_t row = table.alive(t); row < sizes.batch; ++row)
-          memset(y.at(t, row), 0, (size_t)sizes.output * sizeof(T));
+        for (int64_t row = table.alive(t); row < sizes.batch; ++row) memset(y.at(t, row), 0, (size_t)sizes.output * sizeof(T));
     }
 
     // Where slot values of a chunk's row live: in the reserve when it is kept, else in the chunk's own buffer.
@@ -236,8 +236,8 @@ struct RnnForward {
       multiply_blocked(
           b.x, Range{0, chunk.rows}, 0, sizes.input, b.packed_input,
           Range{units.begin * Cell::input_count, units.end * Cell::input_count},
-          [&](int64_t row, int64_t panel) { return slots + row * sizes.slot_stride() + column_of(panel); },
-          sizes.slot_stride(), [&](int64_t panel) { return b.bias + column_of(panel); });
+          [&](int64_t row, int64_t panel) { return slots + row * sizes.slot_stride() + column_of(panel); }, sizes.slot_stride(),
+          [&](int64_t panel) { return b.bias + column_of(panel); });
     }
 
     void step(int64_t position, int64_t chunk_first) {
@@ -267,21 +267,19 @@ struct RnnForward {
     static constexpr bool is_hidden_slot(int s) {
       return s >= Cell::hidden_first && s < Cell::hidden_first + Cell::hidden_count;
     }
-    static constexpr bool is_input_slot(int s) {
-      return s >= Cell::input_first && s < Cell::input_first + Cell::input_count;
-    }
+    static constexpr bool is_input_slot(int s) { return s >= Cell::input_first && s < Cell::input_first + Cell::input_count; }
 
     // Where one row keeps what belongs to the first unit of a block.
     struct UnitPointers {
-      T* slots;          // [slots][hidden_padded]; NULL when the chunk has no slot buffer
-      T* cell;           // c, updated in place
-      T* saved_cell;     // reserve, or NULL
-      T* saved_hidden;   // reserve, with a projection, or NULL
-      T* final_cell;     // user's, NULL before the row's last step
-      T* final_hidden;   // likewise; both NULL-checked once per vector
-      const T* before;   // h_{t-1}
-      T* after;          // h_t, or the unprojected output
-      T* y;              // user's output, NULL with a projection
+      T* slots;         // [slots][hidden_padded]; NULL when the chunk has no slot buffer
+      T* cell;          // c, updated in place
+      T* saved_cell;    // reserve, or NULL
+      T* saved_hidden;  // reserve, with a projection, or NULL
+      T* final_cell;    // user's, NULL before the row's last step
+      T* final_hidden;  // likewise; both NULL-checked once per vector
+      const T* before;  // h_{t-1}
+      T* after;         // h_t, or the unprojected output
+      T* y;             // user's output, NULL with a projection
     };
 
     // Product and cell update for one block of units and a few rows; the pre-activations stay in L1 between the two.
@@ -297,8 +295,8 @@ struct RnnForward {
           bool has_input = is_input_slot(s);
           const T* init = has_input ? slots_at(packed_row + rows.begin, chunk_first) + column : b.bias + column;
           const T* panel = b.packed_hidden + (block * Cell::hidden_count + i) * sizes.output * W;
-          multiply_panel(before, rows.begin, rows.count(), 0, sizes.output, panel, init,
-                         has_input ? sizes.slot_stride() : 0, scratch + s * block_rows * W, W);
+          multiply_panel(before, rows.begin, rows.count(), 0, sizes.output, panel, init, has_input ? sizes.slot_stride() : 0,
+                         scratch + s * block_rows * W, W);
         }
       }
       for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -388,8 +386,8 @@ struct RnnForward {
     }
 
     // Pre-activations of `count` units of one row, straight from the unpacked weights.
-    FS_INLINE void direct_slots(V (&slot)[Cell::slots], int64_t unit, int64_t count, const T* slots,
-                                BlockedRows<T> before, int64_t t, int64_t row) {
+    FS_INLINE void direct_slots(V (&slot)[Cell::slots], int64_t unit, int64_t count, const T* slots, BlockedRows<T> before,
+                                int64_t t, int64_t row) {
       for (int s = 0; s < Cell::slots; ++s) {
         int64_t column = s * sizes.hidden_padded + unit;
         if (is_input_slot(s) && !layer.direct_input) {
@@ -397,12 +395,14 @@ struct RnnForward {
         } else {
           slot[s] = load(b.bias + column);
           if (is_input_slot(s))
-            slot[s] = dot_rows((const T*)weights.input + (Cell::gate_of_input(s - Cell::input_first) * sizes.hidden + unit) * sizes.input,
-                               minimum(L, count), plain_row<T>(x.at(t, row)), sizes.input, slot[s]);
+            slot[s] = dot_rows(
+                (const T*)weights.input + (Cell::gate_of_input(s - Cell::input_first) * sizes.hidden + unit) * sizes.input,
+                minimum(L, count), plain_row<T>(x.at(t, row)), sizes.input, slot[s]);
         }
         if (is_hidden_slot(s))
-          slot[s] = dot_rows((const T*)weights.hidden + (Cell::gate_of_hidden(s - Cell::hidden_first) * sizes.hidden + unit) * sizes.output,
-                             minimum(L, count), blocked_row(before, row), sizes.output, slot[s]);
+          slot[s] = dot_rows(
+              (const T*)weights.hidden + (Cell::gate_of_hidden(s - Cell::hidden_first) * sizes.hidden + unit) * sizes.output,
+              minimum(L, count), blocked_row(before, row), sizes.output, slot[s]);
       }
     }
 
@@ -418,10 +418,9 @@ struct RnnForward {
         for (int64_t v = 0; v < 2; ++v) {
           int64_t first = column + v * L, count = sizes.output - first;
           if (count <= 0) break;
-          V h = layer.direct_hidden
-                    ? dot_rows((const T*)weights.projection + first * sizes.hidden, minimum(L, count),
-                               blocked_row(b.hidden, row), sizes.hidden, V{})
-                    : keep_lanes<T>(load(scratch + (row - rows.begin) * W + v * L), count);
+          V h = layer.direct_hidden ? dot_rows((const T*)weights.projection + first * sizes.hidden, minimum(L, count),
+                                               blocked_row(b.hidden, row), sizes.hidden, V{})
+                                    : keep_lanes<T>(load(scratch + (row - rows.begin) * W + v * L), count);
           emit(h, first, count, t, row, row >= ending, after);
         }
     }

@@ -67,9 +67,7 @@ struct StepTable {
     for (int64_t t = 0; t < shape->steps; ++t)
       first_row[t + 1] = first_row[t] + (shape->batch_sizes ? shape->batch_sizes[t] : shape->batch);
   }
-  FS_INLINE int64_t alive(int64_t t) const {
-    return t >= 0 && t < shape->steps ? first_row[t + 1] - first_row[t] : 0;
-  }
+  FS_INLINE int64_t alive(int64_t t) const { return t >= 0 && t < shape->steps ? first_row[t + 1] - first_row[t] : 0; }
   FS_INLINE int64_t batch_index(int64_t row) const { return shape->row_order ? shape->row_order[row] : row; }
 };
 

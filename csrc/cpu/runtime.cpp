@@ -142,12 +142,8 @@ void fastseq_wait_turn(int turn) {
   if (turn % 64 == 0) sched_yield();
 }
 
-const char* fastseq_openmp_library(void) {
-  return openmp().parallel ? openmp().path : nullptr;
-}
+const char* fastseq_openmp_library(void) { return openmp().parallel ? openmp().path : nullptr; }
 
-int fastseq_max_threads(void) {
-  return openmp().parallel ? openmp().max_threads() : 1;
-}
+int fastseq_max_threads(void) { return openmp().parallel ? openmp().max_threads() : 1; }
 
 }  // extern "C"

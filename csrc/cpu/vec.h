@@ -120,13 +120,12 @@ FS_INLINE Vec<T> transpose_add(Vec<T>* rows) {
     for (int i = 0; i < lanes<T>; ++i) {
       // Groups of 2 * Stride lanes: the first Stride come from one vector, the next from the other.
       int group = i / (2 * Stride), place = i % (2 * Stride);
-      int source = (place < Stride ? 0 : lanes<T>) + group * 2 * Stride + place % Stride;
+      int source = (place < Stride ? 0 : lanes<T>)+group * 2 * Stride + place % Stride;
       low[i] = source;
       high[i] = source + Stride;
     }
     for (int i = 0; i < Count / 2; ++i)
-      rows[i] = __builtin_shuffle(rows[2 * i], rows[2 * i + 1], low) +
-                __builtin_shuffle(rows[2 * i], rows[2 * i + 1], high);
+      rows[i] = __builtin_shuffle(rows[2 * i], rows[2 * i + 1], low) + __builtin_shuffle(rows[2 * i], rows[2 * i + 1], high);
     return transpose_add<T, Stride * 2, Count / 2>(rows);
   }
 }

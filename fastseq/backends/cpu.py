@@ -25,7 +25,7 @@ _PADDED_MULTIPLE = 32  # csrc/cpu/gemm.h: padded_multiple
 def rnn_reserve_elements(
     cell: str, rows: int, hidden_size: int, proj_size: int, directions: int
 ) -> int:
-    """Elements of the tensor in which forward keeps what backward needs (also with symbolic sizes)."""
+    """Elements of what forward keeps for backward; sizes may be symbolic."""
     padded = (hidden_size + _PADDED_MULTIPLE - 1) // _PADDED_MULTIPLE * _PADDED_MULTIPLE
     saved = CELLS[cell].saved + (1 if proj_size else 0)
     return rows * directions * (padded * saved + _PADDED_MULTIPLE)
@@ -62,9 +62,7 @@ class _Rows(NamedTuple):
 _RECTANGLE = _Rows(None, None, False)
 
 
-def _alive_rows(
-    batch_sizes: Tensor | None, lengths: Tensor | None, steps: int
-) -> _Rows:
+def _alive_rows(batch_sizes: Tensor | None, lengths: Tensor | None, steps: int) -> _Rows:
     if batch_sizes is not None:
         return _Rows(batch_sizes.contiguous(), None, True)
     if lengths is None:
@@ -72,7 +70,6 @@ def _alive_rows(
     order = torch.argsort(lengths, descending=True, stable=True)
     ended = torch.bincount(lengths, minlength=steps + 1).cumsum(0)  # sequences of length <= t
     return _Rows(lengths.numel() - ended[:steps], order, False)
-
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
@@ -233,7 +230,9 @@ def rnn_backward(
 
     if grad_output is not None:
         grad_output = _unit_stride(grad_output)
-    grad_input = torch.empty_like(input, memory_format=torch.contiguous_format) if needs[0] else None
+    grad_input = (
+        torch.empty_like(input, memory_format=torch.contiguous_format) if needs[0] else None
+    )
     grad_hx = input.new_empty((directions, batch, width)) if needs[1] else None
     grad_cx = input.new_empty((directions, batch, hidden)) if needs[2] else None
     dense = [w if w.is_contiguous() else w.contiguous() for w in weights]
