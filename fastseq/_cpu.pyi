@@ -1,5 +1,6 @@
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 CELLS: dict[str, int]
@@ -18,6 +19,7 @@ def connect(
     tensor_type: type,
     parameter_type: type,
     empty_like_function: Callable[[Tensor], Tensor],
+    float64_type: torch.dtype,
 ) -> None: ...
 def plain_layer(
     cell: int,

@@ -192,14 +192,15 @@ cdef const DLPackExchangeAPI* exchange = NULL
 cdef object Tensor = None
 cdef object Parameter = None
 cdef object empty_like = None
+cdef object float64 = None
 
 
-def connect(capsule, tensor_type, parameter_type, empty_like_function):
+def connect(capsule, tensor_type, parameter_type, empty_like_function, float64_type):
     """Make `plain_layer` available. `capsule` is torch.Tensor.__dlpack_c_exchange_api__."""
-    global exchange, Tensor, Parameter, empty_like
+    global exchange, Tensor, Parameter, empty_like, float64
     if not PyCapsule_IsValid(capsule, b"dlpack_exchange_api"):
         return
-    Tensor, Parameter, empty_like = tensor_type, parameter_type, empty_like_function
+    Tensor, Parameter, empty_like, float64 = tensor_type, parameter_type, empty_like_function, float64_type
     table = <const DLPackExchangeAPI*>PyCapsule_GetPointer(capsule, b"dlpack_exchange_api")
     if table.version.major == 1:
         exchange = table
@@ -209,7 +210,10 @@ cdef inline bint describe(object tensor, DLTensor* out, int ndim, int bits) exce
     """Fill `out`; true for a dense CPU tensor of that rank and float width and of exactly torch's own types."""
     if type(tensor) is not Tensor and type(tensor) is not Parameter:
         return False
-    exchange.tensor_from_py_object(<void*>tensor, out)
+    try:
+        exchange.tensor_from_py_object(<void*>tensor, out)
+    except Exception:
+        return False  # no dense memory behind it: meta, sparse and the like
     if (out.device.device_type != DLPACK_CPU or out.dtype.code != DLPACK_FLOAT or out.dtype.bits != bits
             or out.dtype.lanes != 1 or out.ndim != ndim):
         return False
@@ -237,11 +241,8 @@ def plain_layer(int cell, int gates, bint has_cell, int threads, input, hx, cx, 
     cdef int64_t steps, batch, features, hidden, rows
     if exchange == NULL or len(weights) != 4:
         return None
-    if type(input) is not Tensor:
-        return None
-    exchange.tensor_from_py_object(<void*>input, &x)
-    bits = x.dtype.bits
-    if bits != 32 and bits != 64 or not describe(input, &x, 3, bits):
+    bits = 64 if input.dtype is float64 else 32
+    if not describe(input, &x, 3, bits):
         return None
     if batch_first:
         batch, steps = x.shape[0], x.shape[1]

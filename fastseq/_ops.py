@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastseq import _config
-from fastseq._cells import GATES
+from fastseq._cells import GATES, RESERVE_LAYOUT
 from fastseq.backends import reference
 
 __all__ = ["plain_layer", "rnn_cell", "rnn_layer"]
@@ -34,7 +34,8 @@ _library = torch.library.Library("fastseq", "DEF")
 _library.define(
     "rnn_forward(Tensor input, Tensor? hx, Tensor? cx, Tensor[] weights, "
     "Tensor? batch_sizes, Tensor? lengths, "
-    "str cell, bool has_biases, int proj_size, bool bidirectional, bool batch_first, bool save) "
+    "str cell, bool has_biases, int proj_size, bool bidirectional, bool batch_first, bool save, "
+    "int reserve_layout) "
     "-> (Tensor output, Tensor hy, Tensor cy, Tensor reserve)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
@@ -71,6 +72,7 @@ def _rnn_forward(
     bidirectional: bool,
     batch_first: bool,
     save: bool,
+    reserve_layout: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = (cell, has_biases, proj_size, bidirectional, batch_first)
     output, hy, cy, reserve = _cpu().rnn_forward(
@@ -133,6 +135,7 @@ def _rnn_forward_fake(
     bidirectional: bool,
     batch_first: bool,
     save: bool,
+    reserve_layout: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cpu = _cpu()
     directions = 2 if bidirectional else 1
@@ -189,7 +192,7 @@ def _rnn_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, hx, cx, weights, batch_sizes, lengths, *options, _ = inputs
+    input, hx, cx, weights, batch_sizes, lengths, *options, _, _ = inputs
     ctx.save_for_backward(input, hx, cx, batch_sizes, lengths, output[0], output[3], *weights)
     ctx.options = tuple(options)
     ctx.mark_non_differentiable(output[3])
@@ -235,7 +238,7 @@ def _backward(
         grad_hx if needs_hx else None,
         grad_cx if needs_cx else None,
         [grad if needed else None for grad, needed in zip(grad_weights, needs[3:], strict=True)],
-        *(None,) * 8,
+        *(None,) * 9,
     )
 
 
@@ -408,7 +411,7 @@ def rnn_layer(
         return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
     save = _needs_gradient((input, hx, cx, *weights))
     output, hy, cy, _ = torch.ops.fastseq.rnn_forward(
-        input, hx, cx, list(weights), batch_sizes, lengths, *options, save
+        input, hx, cx, list(weights), batch_sizes, lengths, *options, save, RESERVE_LAYOUT
     )
     return output, hy, cy if cell == "lstm" else None
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastseq.nn as fast_nn
 from fastseq import _ops, functional
+from fastseq._cells import RESERVE_LAYOUT
 
 LAYERS = ("RNN", "LSTM", "GRU")
 SMALL = {"steps": 3, "batch": 2, "input_size": 3, "hidden_size": 4}
@@ -56,7 +57,7 @@ def op_arguments(case: Case, save: bool = True) -> tuple[Any, ...]:
     weights = [leaf for name, leaf in leaves.items() if name[:2] in ("w_", "b_")]
     options = (case.cell, case.has_biases, case.proj_size, case.bidirectional, case.batch_first)
     states = (leaves.get("h_0"), leaves.get("c_0"))
-    return (x, *states, weights, batch_sizes, lengths, *options, save)
+    return (x, *states, weights, batch_sizes, lengths, *options, save, RESERVE_LAYOUT)
 
 
 def detached(value: Any) -> Any:
@@ -89,7 +90,7 @@ def test_opcheck_rnn_forward_without_save(case: Case) -> None:
 @pytest.mark.parametrize("case", variant_cases("float64"))
 def test_opcheck_rnn_backward(case: Case) -> None:
     given = tuple(detached(value) for value in op_arguments(case))
-    x, hx, cx, weights, batch_sizes, lengths, *options, _ = given
+    x, hx, cx, weights, batch_sizes, lengths, *options, _, _ = given
     output, hy, cy, reserve = torch.ops.fastseq.rnn_forward(*given)
     grads = (
         torch.randn_like(output),

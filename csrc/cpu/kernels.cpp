@@ -1,11 +1,14 @@
 // Compiled once per instruction set (FS_ISA is its name). The one exported symbol of each object is its kernel table;
 // everything else has internal linkage, and no inline code is shared with other objects: a shared inline built for AVX-512
 // would kill an older processor. For the same reason nothing here uses the C++ standard library.
+#include "../fastseq.h"
+#include "math.h"
+
+// The cells know neither vectors nor threads: what they use comes first.
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
-#include "../fastseq.h"
-#include "math.h"
+
 #include "peak.h"
 #include "rnn_backward.h"
 #include "rnn_forward.h"

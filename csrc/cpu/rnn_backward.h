@@ -17,7 +17,6 @@ template <class T, class Cell>
 struct RnnBackward {
   using V = Vec<T>;
   static constexpr int64_t W = panel_width<T>, L = lanes<T>;
-  static constexpr int64_t chunk_target_rows = 256;
   static constexpr int64_t block_rows = 5 * FS_TILE_ROWS;
 
   struct DirectionBuffers {
@@ -45,7 +44,7 @@ struct RnnBackward {
   Barrier barriers[2], everyone;
 
   explicit RnnBackward(const fastseq_rnn_backward& call) : call(call), sizes(call.shape), table{&call.shape, nullptr} {
-    capacity = chunk_capacity(sizes.rows, sizes.batch, chunk_target_rows);
+    capacity = chunk_capacity(sizes.rows, sizes.batch, sizes.chunk_target_rows());
     input_panels = (sizes.input + W - 1) / W;
     input_padded = input_panels * W;
     output_padded = round_up(sizes.output, padded_multiple) + padded_multiple;  // off the power of two
@@ -166,7 +165,7 @@ struct RnnBackward {
       load_state_gradients();
       if (sizes.rows == 0 && team.rank == 0) zero_weight_gradients();
       for (int64_t position = 0; position < sizes.steps;) {
-        Chunk chunk = next_chunk(table, walk, position, chunk_target_rows);
+        Chunk chunk = next_chunk(table, walk, position, sizes.chunk_target_rows());
         int64_t first = table.first_row[minimum(walk.step(chunk.begin), walk.step(chunk.end - 1))];
         bool first_chunk = position == 0;
         for (; position < chunk.end; ++position) step(position, first);
@@ -440,7 +439,7 @@ struct RnnBackward {
                          const T* panels /* [panel][capacity][W] */, int64_t width, T* target /* [*, width] */,
                          bool first_chunk) {
       alignas(64) static constexpr T zeros[W] = {};
-      constexpr int64_t group = (192 << 10) / (chunk_target_rows * W * (int64_t)sizeof(T));
+      int64_t group = maximum(1, (192 << 10) / (sizes.chunk_target_rows() * W * (int64_t)sizeof(T)));
       int64_t panel_count = (width + W - 1) / W;
       for (int64_t first = 0; first < panel_count; first += group) {
         int64_t last = minimum(first + group, panel_count);

@@ -20,7 +20,6 @@ template <class T, class Cell>
 struct RnnForward {
   using V = Vec<T>;
   static constexpr int64_t W = panel_width<T>, L = lanes<T>;
-  static constexpr int64_t chunk_target_rows = 256;
   // Rows whose pre-activations wait in L1 between the product and the cell update.
   static constexpr int64_t block_rows = 5 * FS_TILE_ROWS;
   // Up to here reading the weights row by row costs less than packing them first.
@@ -49,7 +48,7 @@ struct RnnForward {
   explicit RnnForward(const fastseq_rnn_forward& call) : call(call), sizes(call.shape), table{&call.shape, nullptr} {
     direct_input = sizes.rows <= direct_rows;
     direct_hidden = sizes.batch == 1 || direct_input;
-    capacity = chunk_capacity(sizes.rows, sizes.batch, chunk_target_rows);
+    capacity = chunk_capacity(sizes.rows, sizes.batch, sizes.chunk_target_rows());
   }
 
   void lay_out(Arena& arena, bool side_by_side) {
@@ -86,6 +85,10 @@ struct RnnForward {
     if (!arena.base) return FASTSEQ_OUT_OF_MEMORY;
     lay_out(arena, side_by_side);
     table.fill();
+    if (call.reserve)
+      fastseq_prefer_huge_pages(call.reserve, (size_t)(sizes.directions * Reserve<T, Cell>::direction_size(
+                                                                              sizes.rows, sizes.hidden, sizes.has_projection)) *
+                                                  sizeof(T));
     auto body = [this](int rank, int size) {
       DirectionTeams teams(sizes.directions, rank, size, barriers);
       for (int64_t d = teams.first; d < teams.last; ++d) {
@@ -136,7 +139,7 @@ struct RnnForward {
       load_states();
       zero_dead_rows();
       for (int64_t position = 0; position < sizes.steps;) {
-        Chunk chunk = next_chunk(table, walk, position, chunk_target_rows);
+        Chunk chunk = next_chunk(table, walk, position, sizes.chunk_target_rows());
         int64_t first = table.first_row[minimum(walk.step(chunk.begin), walk.step(chunk.end - 1))];
         if (!layer.direct_input)
           input_product(chunk, first);

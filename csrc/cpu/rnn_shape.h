@@ -30,6 +30,12 @@ struct LayerSizes {
     for (int64_t t = 0; t < steps; ++t) rows += shape.batch_sizes ? shape.batch_sizes[t] : batch;
   }
 
+  // Rows that the large products work on at a time. Few, so that what a chunk leaves behind is still in cache when it is
+  // read; but weights that fill the last-level cache are better passed over half as often.
+  int64_t chunk_target_rows() const {
+    int64_t weight_bytes = Cell::gates * hidden * (input + output) * (int64_t)sizeof(T);
+    return weight_bytes <= (16 << 20) ? 128 : 256;
+  }
   // Elements per row of the slot array. The pad keeps the rows of a tile out of each other's cache sets when the slots make
   // up a power of two.
   int64_t slot_stride() const { return slot_row(hidden_padded); }

@@ -131,11 +131,21 @@ void* fastseq_workspace(size_t bytes) {
       return nullptr;
     }
     workspace.bytes = rounded;
-#if defined(MADV_HUGEPAGE)
-    if (alignment == huge_page_bytes) madvise(workspace.block, rounded, MADV_HUGEPAGE);
-#endif
+    fastseq_prefer_huge_pages(workspace.block, rounded);
   }
   return workspace.block;
+}
+
+void fastseq_prefer_huge_pages(void* block, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  uintptr_t begin = ((uintptr_t)block + huge_page_bytes - 1) / huge_page_bytes * huge_page_bytes;
+  uintptr_t end = ((uintptr_t)block + bytes) / huge_page_bytes * huge_page_bytes;
+  // Advice only: where the kernel has no huge pages nothing is lost.
+  if (end > begin) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#else
+  (void)block;
+  (void)bytes;
+#endif
 }
 
 void fastseq_wait_turn(int turn) {

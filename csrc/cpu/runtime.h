@@ -14,6 +14,9 @@ void fastseq_run_parallel(int threads, void (*body)(void* context, int rank, int
 // thread that grows to the largest request and is given back when that was large: no shape-keyed cache.
 void* fastseq_workspace(size_t bytes);
 
+// Asks for huge pages behind a large block that is about to be written for the first time.
+void fastseq_prefer_huge_pages(void* block, size_t bytes);
+
 // One turn of waiting: a pause first, the processor given away after `turn` grows large.
 void fastseq_wait_turn(int turn);
 }

@@ -11,7 +11,13 @@ from torch import Tensor
 from fastseq import _config
 from fastseq._cells import CELLS, GATES
 
-__all__ = ["plain_layer", "rnn_backward", "rnn_cell", "rnn_forward", "rnn_reserve_elements"]
+__all__ = [
+    "plain_layer",
+    "rnn_backward",
+    "rnn_cell",
+    "rnn_forward",
+    "rnn_reserve_elements",
+]
 
 _kernels = _config.extension()
 _CELLS = _kernels.CELLS
@@ -34,7 +40,11 @@ def rnn_reserve_elements(
 # What the short way into the kernels needs of a cell, and torch's exchange table where it has one.
 _PLAIN = {name: (_CELLS[name], sizes.gates, sizes.has_cell_state) for name, sizes in CELLS.items()}
 _kernels.connect(
-    getattr(Tensor, "__dlpack_c_exchange_api__", None), Tensor, torch.nn.Parameter, torch.empty_like
+    getattr(Tensor, "__dlpack_c_exchange_api__", None),
+    Tensor,
+    torch.nn.Parameter,
+    torch.empty_like,
+    torch.float64,
 )
 _plain_layer = _kernels.plain_layer
 
