@@ -83,7 +83,7 @@ struct RnnBackward {
   }
 
   int run() {
-    int threads = call.shape.threads;
+    int threads = sizes.useful_threads(call.shape.threads);
     bool side_by_side = sizes.directions == 2 && threads >= 2;
     Arena arena{nullptr};
     lay_out(arena, side_by_side);

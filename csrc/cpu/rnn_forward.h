@@ -77,7 +77,7 @@ struct RnnForward {
   }
 
   int run() {
-    int threads = call.shape.threads;
+    int threads = sizes.useful_threads(call.shape.threads);
     bool side_by_side = sizes.directions == 2 && threads >= 2;
     Arena arena{nullptr};
     lay_out(arena, side_by_side);

@@ -36,6 +36,12 @@ struct LayerSizes {
     int64_t weight_bytes = Cell::gates * hidden * (input + output) * (int64_t)sizeof(T);
     return weight_bytes <= (16 << 20) ? 128 : 256;
   }
+  // A call that is over in microseconds ends before a sleeping thread has been woken.
+  int useful_threads(int threads) const {
+    constexpr int64_t single_thread_flops = 1 << 20;
+    int64_t flops = 2 * rows * directions * Cell::gates * hidden * (input + output);
+    return flops < single_thread_flops ? 1 : threads;
+  }
   // Elements per row of the slot array. The pad keeps the rows of a tile out of each other's cache sets when the slots make
   // up a power of two.
   int64_t slot_stride() const { return slot_row(hidden_padded); }
