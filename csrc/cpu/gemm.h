@@ -43,8 +43,8 @@ enum class Walk { rows, columns };
 
 // c[R][panel_width] = init + A * panel. init_stride 0 repeats one row (a bias). The sum starts from zero and init is added
 // last: its cache lines arrive behind the loop, and partial sums of similar size lose fewer digits.
-// Weights that come from L3 are asked for prefetch_turns early: 141 instead of 131 GFLOP/s a core there (14 rows, Cascade
-// Lake, peak 153), and nothing lost when they are in L2.
+// Weights are asked for prefetch_turns early. From L3, 14 rows, one core of a noisy Cascade Lake (peak 153 GFLOP/s): 141
+// and 136 with, 131 and 122 without, in two runs; from L2 no difference beyond the noise.
 template <class T, Walk walk, int R>
 FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int64_t depth, const T* init, int64_t init_stride,
                       T* c, int64_t c_stride) {
