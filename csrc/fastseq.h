@@ -3,6 +3,7 @@
 //
 // Words: T steps, B batch rows, I input size, H hidden size, P projection size, R = P or H (what a layer puts out),
 // D directions, G gates (rows of a weight matrix / H). Strides count elements, not bytes. All weights are row-major.
+// Attention: Hq query heads, Hkv key/value heads (Hq a multiple), Sq queries, Skv keys, E size of a query or key, Ev of a value.
 #ifndef FASTSEQ_H
 #define FASTSEQ_H
 
@@ -98,6 +99,108 @@ struct fastseq_rnn_backward {
   struct fastseq_rnn_weights weights[FASTSEQ_MAX_DIRECTIONS];
   struct fastseq_rnn_weight_gradients grad_weights[FASTSEQ_MAX_DIRECTIONS];
 };
+
+// --- Attention
+
+// A tensor [B, heads, rows, size] with unit stride along size. Row i of sequence b and head h begins at
+//   data + b * batch_stride + h * head_stride + (starts[b] + i) * row_stride
+// where starts is the shape's query_starts or key_starts, zero without one.
+struct fastseq_heads {
+  void* data;
+  int64_t batch_stride;
+  int64_t head_stride;
+  int64_t row_stride;
+};
+
+// A table [B, Hq, Sq, Skv]; a dimension it is broadcast over has stride 0.
+struct fastseq_scores {
+  void* data;
+  int64_t batch_stride;
+  int64_t head_stride;
+  int64_t query_stride;
+  int64_t key_stride;
+};
+
+// One value per query row, [B, Hq, Sq] with unit stride along the rows; addressed with query_starts as fastseq_heads is.
+struct fastseq_rows {
+  void* data;
+  int64_t batch_stride;
+  int64_t head_stride;
+};
+
+// What attention computes, shared by forward and backward:
+//   score(i, j) = cap(scale * query_i . key_j) + bias(i, j) - alibi_slope * |i + shift - j|,  cap(s) = softcap * tanh(s / softcap)
+// over the visible pairs: j < keys of the sequence, mask(i, j) != 0, padding(j) == 0, bias(i, j) != -Inf and
+//   -window_left <= j - (i + shift) <= window_right,  shift = bottom_right ? keys - queries of the sequence : 0.
+// Softmax along j (a sink adds exp(sink) to the denominator), dropout, product with the values. A row that sees no key is zero.
+struct fastseq_attention_shape {
+  int64_t batch;                 // B
+  int64_t heads;                 // Hq
+  int64_t kv_heads;              // Hkv
+  int64_t queries;               // Sq; with query_starts or query_lengths the most that any sequence has
+  int64_t keys;                  // Skv; likewise
+  int64_t key_size;              // E
+  int64_t value_size;            // Ev
+  const int64_t* query_starts;   // [B + 1] first row of each sequence in tensors without a batch dimension, or NULL
+  const int64_t* key_starts;     // [B + 1] likewise
+  const int64_t* query_lengths;  // [B] rows in use of each sequence, or NULL: all; outputs of the others are zero
+  const int64_t* key_lengths;    // [B] likewise
+  const int64_t* block_table;    // [B, blocks_per_sequence]: key j lies in block table[b][j / block_size], which takes the
+                                 // place of b in the address, at row j % block_size; NULL: not paged
+  int64_t blocks_per_sequence;
+  int64_t block_size;
+  int64_t window_left;   // -1: unbounded
+  int64_t window_right;  // -1: unbounded; causal is 0
+  int32_t bottom_right;
+  int32_t threads;  // upper bound on the threads to use
+  double scale;
+  double softcap;  // 0: none
+  double dropout;  // probability of zeroing a weight; the others are divided by 1 - dropout
+  uint64_t dropout_seed;
+  uint64_t dropout_offset;
+  struct fastseq_scores bias;  // same dtype as query; data NULL: none
+  struct fastseq_scores mask;  // uint8, 0: pair does not take part; data NULL: none
+  const uint8_t* key_padding;  // [B, Skv], not 0: nobody sees the key; or NULL
+  int64_t key_padding_stride;  // from one sequence to the next
+  const void* alibi_slopes;    // [Hq] or [B, Hq] or NULL
+  int64_t alibi_batch_stride;  // Hq or 0
+  const void* sinks;           // [Hq] or NULL
+};
+
+struct fastseq_attention_forward {
+  struct fastseq_attention_shape shape;
+  struct fastseq_heads query;   // [B, Hq, Sq, E]
+  struct fastseq_heads key;     // [B, Hkv, Skv, E]
+  struct fastseq_heads value;   // [B, Hkv, Skv, Ev]
+  struct fastseq_heads output;  // [B, Hq, Sq, Ev]
+  struct fastseq_rows lse;      // log-sum-exp of the scores, -Inf for a row that sees nothing; data NULL: not asked for
+  struct fastseq_rows
+      row_maximum;                // for backward: the maximum that was subtracted, in units of log 2; data NULL: not asked for
+  struct fastseq_rows row_scale;  // for backward: 1 / sum, 0 for a row that sees nothing; both or neither
+  struct fastseq_scores weights;  // [B, Hq, Sq, Skv] after softmax and dropout; data NULL: not asked for
+  int32_t average_weights;        // 1: weights is [B, Sq, Skv] (head_stride 0), the mean over heads
+};
+
+struct fastseq_attention_backward {
+  struct fastseq_attention_shape shape;
+  struct fastseq_heads query, key, value;  // as in forward
+  struct fastseq_heads output;             // forward's
+  struct fastseq_rows row_maximum;         // forward's
+  struct fastseq_rows row_scale;           // forward's
+  struct fastseq_heads grad_output;        // [B, Hq, Sq, Ev]; data NULL: zero
+  struct fastseq_rows grad_lse;            // data NULL: zero
+  struct fastseq_heads grad_query;         // data NULL: not asked for, as for the others
+  struct fastseq_heads grad_key;           // paged keys have no gradient
+  struct fastseq_heads grad_value;
+  struct fastseq_scores grad_bias;  // strides 0 where bias is broadcast: summed there
+  int64_t grad_bias_elements;       // of the dense tensor behind grad_bias
+  void* grad_sinks;                 // [Hq]
+};
+
+typedef int (*fastseq_attention_forward_function)(const struct fastseq_attention_forward*);
+typedef int (*fastseq_attention_backward_function)(const struct fastseq_attention_backward*);
+// keep[B, Hq, Sq, Skv] = 1 where dropout keeps the weight: what the kernels decide, written out.
+typedef void (*fastseq_dropout_mask_function)(const struct fastseq_attention_shape*, uint8_t* keep);
 
 typedef int (*fastseq_rnn_forward_function)(const struct fastseq_rnn_forward*);
 typedef int (*fastseq_rnn_backward_function)(const struct fastseq_rnn_backward*);
