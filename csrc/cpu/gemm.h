@@ -43,12 +43,14 @@ enum class Walk { rows, columns };
 
 // c[R][panel_width] = init + A * panel. init_stride 0 repeats one row (a bias). The sum starts from zero and init is added
 // last: its cache lines arrive behind the loop, and partial sums of similar size lose fewer digits.
-// Weights are asked for prefetch_turns early. From L3, 14 rows, one core of a noisy Cascade Lake (peak 153 GFLOP/s): 141
-// and 136 with, 131 and 122 without, in two runs; from L2 no difference beyond the noise.
+// Weights are asked for prefetch_turns early, which makes weights from L3 nearly as fast as from L2. Where the multiply-add
+// broadcasts by itself, some rows leave it that: 48 instructions per turn of 14 rows leave the decoder little slack, fewer
+// give it some, and too many such rows would run out of load ports instead.
 template <class T, Walk walk, int R>
 FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int64_t depth, const T* init, int64_t init_stride,
                       T* c, int64_t c_stride) {
-  constexpr int64_t prefetch_turns = 8;
+  constexpr int64_t prefetch_turns = 32;
+  constexpr int plain_rows = broadcasts_in_multiply_add ? R - R * 3 / 7 : R;
   constexpr int64_t row_step = walk == Walk::rows ? block_stride<T> : 1;
   constexpr int64_t k_step = walk == Walk::rows ? 1 : block_stride<T>;
   Vec<T> sum[R][2] = {};
@@ -62,6 +64,11 @@ FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int
     __builtin_prefetch(panel + prefetch_turns * panel_width<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
+      if (r >= plain_rows) {
+        sum[r][0] = multiply_add_scalar(a + r * row_step, w0, sum[r][0]);
+        sum[r][1] = multiply_add_scalar(a + r * row_step, w1, sum[r][1]);
+        continue;
+      }
       Vec<T> value = broadcast(a[r * row_step]);
       sum[r][0] = fused_multiply_add(value, w0, sum[r][0]);
       sum[r][1] = fused_multiply_add(value, w1, sum[r][1]);
