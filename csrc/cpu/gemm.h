@@ -50,7 +50,7 @@ template <class T, Walk walk, int R>
 FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int64_t depth, const T* init, int64_t init_stride,
                       T* c, int64_t c_stride) {
   constexpr int64_t prefetch_turns = 32;
-  constexpr int plain_rows = broadcasts_in_multiply_add ? R - R * 3 / 7 : R;
+  constexpr int plain_rows = broadcasts_in_multiply_add ? R - R * 2 / 7 : R;
   constexpr int64_t row_step = walk == Walk::rows ? block_stride<T> : 1;
   constexpr int64_t k_step = walk == Walk::rows ? 1 : block_stride<T>;
   Vec<T> sum[R][2] = {};
@@ -59,7 +59,7 @@ FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int
     __builtin_prefetch(init + r * init_stride);
     __builtin_prefetch(init + r * init_stride + lanes<T>);
   }
-  for (int64_t k = 0; k < depth; ++k, a += k_step, panel += panel_width<T>) {
+  auto turn = [&]() __attribute__((always_inline)) {
     Vec<T> w0 = load(panel), w1 = load(panel + lanes<T>);
     __builtin_prefetch(panel + prefetch_turns * panel_width<T>);
 #pragma GCC unroll 16
@@ -73,7 +73,14 @@ FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int
       sum[r][0] = fused_multiply_add(value, w0, sum[r][0]);
       sum[r][1] = fused_multiply_add(value, w1, sum[r][1]);
     }
+    a += k_step;
+    panel += panel_width<T>;
+  };
+  for (int64_t k = depth / 2; k > 0; --k) {
+    turn();
+    turn();
   }
+  if (depth % 2) turn();
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     store(c + r * c_stride, sum[r][0] + load(init + r * init_stride));
