@@ -184,32 +184,42 @@ FS_INLINE BlockedRow<T> plain_row(const T* data) {
 }
 
 // lanes<T> dot products with W's rows in place, for a single row of A: nothing is packed, every weight is read once.
-// Result lane j is init lane j + W[row + j] . a; lanes past valid_rows are zero.
+// Result lane j is init lane j + W[row + j] . a; lanes past valid_rows are zero. Half of the rows at a time, two vectors along
+// each: the pointers to all rows at once do not fit the integer registers.
 template <class T>
 FS_INLINE Vec<T> dot_rows(const T* w /* [valid_rows, depth], row stride depth */, int64_t valid_rows, BlockedRow<T> a,
                           int64_t depth, Vec<T> init) {
-  constexpr int L = lanes<T>;
-  const T* row[L];
-#pragma GCC unroll 16
-  for (int j = 0; j < L; ++j) row[j] = w + (j < valid_rows ? j : valid_rows - 1) * depth;
-  Vec<T> sum[L] = {};
-  const T* block = a.data;
-  for (int64_t first = 0; first < depth; first += block_depth<T>, block += a.block_step) {
-    int64_t last = minimum(depth, first + block_depth<T>);
-    const T* value_at = block - first;
-    int64_t k = first;
-    for (; k + L <= last; k += L) {
-      Vec<T> value = load(value_at + k);
-#pragma GCC unroll 16
-      for (int j = 0; j < L; ++j) sum[j] = fused_multiply_add(load(row[j] + k), value, sum[j]);
+  constexpr int L = lanes<T>, half = L / 2;
+  Vec<T> sums[L];
+#pragma GCC unroll 2
+  for (int first_row = 0; first_row < L; first_row += half) {
+    const T* row[half];
+#pragma GCC unroll 8
+    for (int j = 0; j < half; ++j) row[j] = w + minimum(first_row + j, valid_rows - 1) * depth;
+    Vec<T> even[half] = {}, odd[half] = {};
+    const T* block = a.data;
+    for (int64_t first = 0; first < depth; first += block_depth<T>, block += a.block_step) {
+      int64_t last = minimum(depth, first + block_depth<T>);
+      const T* value_at = block - first;
+      int64_t k = first;
+      for (; k + 2 * L <= last; k += 2 * L) {
+        Vec<T> value = load(value_at + k), other = load(value_at + k + L);
+#pragma GCC unroll 8
+        for (int j = 0; j < half; ++j) {
+          even[j] = fused_multiply_add(load(row[j] + k), value, even[j]);
+          odd[j] = fused_multiply_add(load(row[j] + k + L), other, odd[j]);
+        }
+      }
+      for (; k < last; k += L) {
+        Vec<T> value = load_partial(value_at + k, last - k);
+#pragma GCC unroll 8
+        for (int j = 0; j < half; ++j) even[j] = fused_multiply_add(load_partial(row[j] + k, last - k), value, even[j]);
+      }
     }
-    if (k < last) {
-      Vec<T> value = load_partial(value_at + k, last - k);
-#pragma GCC unroll 16
-      for (int j = 0; j < L; ++j) sum[j] = fused_multiply_add(load_partial(row[j] + k, last - k), value, sum[j]);
-    }
+#pragma GCC unroll 8
+    for (int j = 0; j < half; ++j) sums[first_row + j] = even[j] + odd[j];
   }
-  Vec<T> total = transpose_add<T, 1, L>(sum) + init;
+  Vec<T> total = transpose_add<T, 1, L>(sums) + init;
   for (int64_t j = valid_rows; j < L; ++j) total[j] = 0;
   return total;
 }
