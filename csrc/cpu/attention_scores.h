@@ -170,7 +170,7 @@ struct PanelScores {
             if (padding && padding[first + j]) score = negative_infinity<T>();
           }
           store(place, score);
-          top = score > top ? score : top;
+          top = at_least(top, score);
         }
       }
       store(largest + half * L, top);

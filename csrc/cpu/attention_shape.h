@@ -8,8 +8,8 @@
 namespace fastseq::FS_ISA {
 namespace {
 
-// Keys worked on at a time: their scores for one panel (16 KiB) stay in L1.
-inline constexpr int64_t key_block = 128;
+// Keys worked on at a time: their scores for one panel (16 KiB) stay in L1. Whole tiles, however many rows those have.
+inline constexpr int64_t key_block = 126;
 
 // One sequence of the batch.
 struct SequenceSpan {

@@ -23,8 +23,14 @@ FS_INLINE void accumulate_rows(const T* a /* [R][depth] */, int64_t a_stride, co
     Vec<T> w0 = load(panel + ahead * panel_stride), w1 = load(panel + ahead * panel_stride + lanes<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const char* row = base[r / 3] + (r % 3) * stride_bytes;
-      Vec<T> value = broadcast(((const T*)row)[ahead]);
+      const T* scalar = (const T*)(base[r / 3] + (r % 3) * stride_bytes) + ahead;
+      // Rows with a pointer of their own: with an index register the instruction would be split in two again.
+      if (broadcasts_in_multiply_add && r % 3 == 0) {
+        sum[r][0] = multiply_add_scalar(scalar, w0, sum[r][0]);
+        sum[r][1] = multiply_add_scalar(scalar, w1, sum[r][1]);
+        continue;
+      }
+      Vec<T> value = broadcast(*scalar);
       sum[r][0] = fused_multiply_add(value, w0, sum[r][0]);
       sum[r][1] = fused_multiply_add(value, w1, sum[r][1]);
     }
@@ -49,15 +55,28 @@ FS_INLINE void accumulate_rows(const T* a /* [R][depth] */, int64_t a_stride, co
 template <class T, int R>
 FS_INLINE void accumulate_columns(const T* a /* [depth][R] */, int64_t a_stride, const T* panel /* [depth][panel_width] */,
                                   int64_t panel_stride, int64_t depth, Vec<T> (&sum)[R][2]) {
-  for (int64_t k = 0; k < depth; ++k, a += a_stride, panel += panel_stride) {
+  constexpr int plain_rows = R - R * 2 / 7;
+  auto turn = [&]() FS_LAMBDA_INLINE {
     Vec<T> w0 = load(panel), w1 = load(panel + lanes<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
+      if (broadcasts_in_multiply_add && r >= plain_rows) {
+        sum[r][0] = multiply_add_scalar(a + r, w0, sum[r][0]);
+        sum[r][1] = multiply_add_scalar(a + r, w1, sum[r][1]);
+        continue;
+      }
       Vec<T> value = broadcast(a[r]);
       sum[r][0] = fused_multiply_add(value, w0, sum[r][0]);
       sum[r][1] = fused_multiply_add(value, w1, sum[r][1]);
     }
+    a += a_stride;
+    panel += panel_stride;
+  };
+  for (int64_t k = depth / 2; k > 0; --k) {
+    turn();
+    turn();
   }
+  if (depth % 2) turn();
 }
 
 // c[R][panel_width] = A * panel, and the largest value per lane joins `largest`.
@@ -71,8 +90,8 @@ FS_NOINLINE void product_tile(const T* a, int64_t a_stride, const T* panel, int6
   for (int r = 0; r < R; ++r) {
     store(c + r * panel_width<T>, sum[r][0]);
     store(c + r * panel_width<T> + lanes<T>, sum[r][1]);
-    top0 = sum[r][0] > top0 ? sum[r][0] : top0;
-    top1 = sum[r][1] > top1 ? sum[r][1] : top1;
+    top0 = at_least(top0, sum[r][0]);  // a NaN does not take part
+    top1 = at_least(top1, sum[r][1]);
   }
   store(largest, top0);
   store(largest + lanes<T>, top1);

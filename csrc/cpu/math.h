@@ -121,7 +121,7 @@ struct Math {
   static FS_INLINE Value exp2_nonpositive(Value x) {
     using E = Exp2Constants<T>;
     Value floor = broadcast<T>(T(-C::exponent_bias));
-    x = x < floor ? floor : x;
+    x = at_least(x, floor);
     Value shifted = x + broadcast<T>(C::round_magic);
     Value r = x - (shifted - broadcast<T>(C::round_magic));
     Value p = broadcast<T>(E::c[E::degree]);
