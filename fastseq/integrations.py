@@ -1,0 +1,121 @@
+"""fastseq under other libraries' interfaces. Nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastseq import functional
+
+__all__ = ["register_transformers"]
+
+NAME = "fastseq"
+
+
+def register_transformers() -> None:
+    """Make ``attn_implementation="fastseq"`` known to Hugging Face ``transformers``.
+
+    ::
+
+        fastseq.integrations.register_transformers()
+        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastseq")
+        model.set_attn_implementation("fastseq")  # or, for a model that exists already
+
+    Registers the attention function and the masks that go with it, by the interfaces that the
+    library has for this (https://huggingface.co/docs/transformers/attention_interface). Grouped
+    heads, soft-capping, attention sinks, position biases and ``output_attentions=True`` are
+    answered by the same kernel. May be called again.
+
+    Raises:
+        ImportError: ``transformers`` is not installed, or too old to have those interfaces.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise ImportError(
+            "register_transformers needs the transformers package, at version 4.53 or later "
+            "(pip install 'transformers>=4.53')"
+        ) from error
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def _attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    output_attentions: bool = False,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What a model of ``transformers`` calls.
+
+    Args:
+        module: the attention layer; its ``is_causal`` counts where there is no mask.
+        query: ``(B, Hq, Sq, E)``.
+        key: ``(B, Hkv, Skv, E)``.
+        value: ``(B, Hkv, Skv, Ev)``.
+        attention_mask: ``(B, 1 or Hq, Sq, Skv)``, bool (True takes part) or floating (added);
+            sliding windows and the like are in it already.
+        dropout: probability of dropping a weight.
+        scaling: of the logits. Default: ``1 / sqrt(E)``.
+        is_causal: overrides the layer's attribute.
+        position_bias: ``(1 or B, Hq, Sq, Skv)``, added to the logits.
+        softcap: bound of the logits.
+        s_aux: ``(Hq)``, logits of the attention sinks.
+        output_attentions: also return the weights.
+        **others: what other implementations need; ignored, but for what would change the result.
+
+    Returns:
+        The output ``(B, Sq, Hq, Ev)`` and the weights ``(B, Hq, Sq, Skv)`` or ``None``.
+
+    Raises:
+        ValueError: ``others`` asks for a paged cache or a head mask.
+    """
+    for name in ("cache", "head_mask"):
+        if others.get(name) is not None:
+            raise ValueError(
+                f"{name} must be None with attn_implementation='fastseq', "
+                f"got a {type(others[name]).__name__}"
+            )
+    queries, keys = query.size(2), key.size(2)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    mask = bias = None
+    causal = False
+    if attention_mask is None:
+        # A single query comes last and sees all keys. More of them without a mask start at key 0,
+        # be it that the cache already has room for keys to come.
+        causal = queries > 1 and bool(is_causal)
+    elif attention_mask.dtype == torch.bool:
+        mask = attention_mask[..., :keys]
+    else:
+        bias = attention_mask[..., :keys]
+    if position_bias is not None:
+        bias = position_bias if bias is None else bias + position_bias
+    result = functional.attention(
+        query,
+        key,
+        value,
+        causal=causal,
+        mask=mask,
+        bias=bias,
+        softcap=softcap,
+        sinks=s_aux,
+        dropout_p=dropout,
+        scale=scaling,
+        return_weights=output_attentions,
+    )
+    output, weights = result if output_attentions else (result, None)
+    return output.transpose(1, 2).contiguous(), weights
