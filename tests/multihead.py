@@ -171,9 +171,7 @@ def random_cases(count: int) -> Iterator[Case]:
     flag = (False, True)
     for _ in range(count):
         inputs = choose(("self", "pair", "three"))
-        attn_mask = choose(
-            ("none", "bool", "float", "bool3", "float3", "causal", "causal_float")
-        )
+        attn_mask = choose(("none", "bool", "float", "bool3", "float3", "causal", "causal_float"))
         heads = choose((1, 2, 3))
         yield Case(
             embed_dim=heads * choose((1, 4, 7, 16)),

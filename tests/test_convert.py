@@ -69,7 +69,7 @@ def test_nested_layers_are_swapped_in_place() -> None:
 
 @pytest.mark.parametrize(("plain", "fast"), PAIRS, ids=IDS)
 def test_root_and_back(plain: type[nn.Module], fast: type[nn.Module]) -> None:
-    model = plain(3, 4)
+    model = plain(4, 4)
     report = convert(model)
     assert report.model is model
     assert type(model) is fast

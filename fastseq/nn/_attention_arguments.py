@@ -179,15 +179,20 @@ def masks(
     sizes: Sizes,
     num_heads: int,
     obey_hint: bool,
+    check_hint: bool,
 ) -> Masks:
     """Rewrite torch's masks, in which True and -inf hide, for ``functional.attention``.
 
     ``obey_hint``: take ``is_causal`` at its word, as torch does in some calls. In the others torch
-    ignores the hint; here the mask is then compared with the causal one, which costs next to
-    nothing beside the half of the attention that it saves.
+    ignores the hint; with ``check_hint`` the mask is then compared with the causal one, which costs
+    next to nothing beside the half of the attention that it saves.
     """
     result = Masks()
-    if is_causal and attn_mask is not None and (obey_hint or _is_causal(attn_mask)):
+    if (
+        is_causal
+        and attn_mask is not None
+        and (obey_hint or (check_hint and _is_causal(attn_mask)))
+    ):
         result.causal = True
         attn_mask = None
     if attn_mask is not None:

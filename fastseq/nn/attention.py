@@ -249,6 +249,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             self.num_heads,
             # torch's rule, by which results stay those of torch even if the hint is wrong.
             obey_hint=key_padding_mask is None and not need_weights,
+            # Appended keys are for all queries; as the causal mask it would hide them.
+            check_hint=self.bias_k is None and not self.add_zero_attn,
         )
 
         projected = self._project(query, key, value)
