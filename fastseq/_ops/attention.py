@@ -370,11 +370,16 @@ def _backward_flops(
 
 
 def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    enable_gqa: bool,
+    scale: float | None,
 ) -> Tensor | None:
     """The most common inference call, checked and run by the kernels' side in one go.
 
-    Dense 4-D tensors, no options but causal, no gradients, nobody watching. ``None`` whenever the
+    4-D tensors, no options but causal, no gradients, nobody watching. ``None`` whenever the
     call is not as plain as that or its arguments do not fit.
     """
     if (
@@ -389,7 +394,7 @@ def plain_attention(
         or has_lazy_negation(query, key, value)
     ):
         return None
-    result: Tensor | None = _cpu().plain_attention(query, key, value, is_causal, scale)
+    result: Tensor | None = _cpu().plain_attention(query, key, value, is_causal, enable_gqa, scale)
     return result
 
 

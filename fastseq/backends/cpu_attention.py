@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastseq._attention import WEIGHTS_MEAN, WEIGHTS_NONE, Options, Terms
+from fastseq._attention import WEIGHTS_NONE, Options, Terms
 from fastseq.backends import reference_attention
 
 __all__ = ["attention_backward", "attention_forward", "empty_heads", "plain_attention"]
@@ -29,7 +29,12 @@ def empty_heads(like: Tensor, size: int) -> Tensor:
 
 
 def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    enable_gqa: bool,
+    scale: float | None,
 ) -> Tensor | None:
     """Dense tensors without any option, checked and run in one go; ``None`` where it is not so."""
     return None
@@ -78,7 +83,13 @@ def attention_backward(
     ]
     with torch.enable_grad():
         terms = terms._replace(bias=leaves[3], sinks=leaves[4])
-        results = reference_attention.attention(*leaves[:3], terms, options)  # type: ignore[arg-type]
+        results = reference_attention.attention(
+            leaves[0],  # type: ignore[arg-type]
+            leaves[1],  # type: ignore[arg-type]
+            leaves[2],  # type: ignore[arg-type]
+            terms,
+            options,
+        )
     pairs = [
         (result, grad)
         for result, grad in zip(results[:2], (grad_output, grad_lse), strict=True)
@@ -99,6 +110,3 @@ def attention_backward(
         if grad is not None and source is not None:
             grads[index] = empty_heads(source, source.size(-1)).copy_(grad)
     return tuple(grads)  # type: ignore[return-value]
-
-
-_ = WEIGHTS_MEAN

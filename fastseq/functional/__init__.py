@@ -6,12 +6,7 @@ them out, and :func:`torch.nn.functional.scaled_dot_product_attention`.
 
 from __future__ import annotations
 
-from fastseq.functional.attention import (
-    attention,
-    attention_paged,
-    attention_varlen,
-    scaled_dot_product_attention,
-)
+from fastseq.functional.attention import attention, attention_paged, attention_varlen
 from fastseq.functional.recurrent import (
     Lengths,
     States,
@@ -24,6 +19,7 @@ from fastseq.functional.recurrent import (
     run_cell,
     run_layers,
 )
+from fastseq.functional.scaled_dot_product import scaled_dot_product_attention
 
 __all__ = [
     "Lengths",
