@@ -25,8 +25,8 @@ def register_transformers() -> None:
 
     Registers the attention function and the masks that go with it, by the interfaces that the
     library has for this (https://huggingface.co/docs/transformers/attention_interface). Grouped
-    heads, soft-capping, attention sinks, position biases and ``output_attentions=True`` are
-    answered by the same kernel. May be called again.
+    heads, soft-capping, attention sinks and position biases are the kernel's own, and so are the
+    weights, where a model hands ``output_attentions`` on. May be called again.
 
     Raises:
         ImportError: ``transformers`` is not installed, or too old to have those interfaces.
