@@ -187,7 +187,7 @@ struct fastseq_attention_backward {
   struct fastseq_heads output;             // forward's
   struct fastseq_rows row_maximum;         // forward's
   struct fastseq_rows row_scale;           // forward's
-  struct fastseq_heads grad_output;        // [B, Hq, Sq, Ev]; data NULL: zero
+  struct fastseq_heads grad_output;        // [B, Hq, Sq, Ev], always given
   struct fastseq_rows grad_lse;            // data NULL: zero
   struct fastseq_heads grad_query;         // data NULL: not asked for, as for the others
   struct fastseq_heads grad_key;           // paged keys have no gradient
@@ -214,6 +214,9 @@ struct fastseq_kernel_table {
   fastseq_rnn_backward_function rnn_backward[FASTSEQ_CELL_COUNT][FASTSEQ_DTYPE_COUNT];
   fastseq_rnn_reserve_function rnn_reserve_bytes[FASTSEQ_CELL_COUNT][FASTSEQ_DTYPE_COUNT];
   fastseq_unary_function unary[FASTSEQ_UNARY_COUNT][FASTSEQ_DTYPE_COUNT];
+  fastseq_attention_forward_function attention_forward[FASTSEQ_DTYPE_COUNT];
+  fastseq_attention_backward_function attention_backward[FASTSEQ_DTYPE_COUNT];
+  fastseq_dropout_mask_function dropout_mask;
   double (*fma_gflops[FASTSEQ_DTYPE_COUNT])(int threads, double seconds);
 };
 

@@ -9,6 +9,8 @@
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
 
+#include "attention_backward.h"
+#include "attention_forward.h"
 #include "peak.h"
 #include "rnn_backward.h"
 #include "rnn_forward.h"
@@ -52,5 +54,8 @@ const fastseq_kernel_table FS_JOIN(fastseq_table_, FS_ISA) = {
     {{unary<float, FASTSEQ_EXP>, unary<double, FASTSEQ_EXP>},
      {unary<float, FASTSEQ_TANH>, unary<double, FASTSEQ_TANH>},
      {unary<float, FASTSEQ_SIGMOID>, unary<double, FASTSEQ_SIGMOID>}},
+    {attention_forward<float>, attention_forward<double>},
+    {attention_backward<float>, attention_backward<double>},
+    dropout_mask,
     {fma_gflops<float>, fma_gflops<double>},
 };

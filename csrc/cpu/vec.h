@@ -13,6 +13,7 @@
 
 #define FS_INLINE inline __attribute__((always_inline))
 #define FS_NOINLINE __attribute__((noinline))
+#define FS_LAMBDA_INLINE __attribute__((always_inline))
 
 #if defined(__AVX512F__)
 #define FS_VECTOR_BYTES 64

@@ -176,7 +176,8 @@ def _weighted_sum(weights: Tensor, value: Tensor, visible: Tensor | None) -> Ten
     output = _product(weights, _finite(value))
     above = _product(seen, (value == math.inf).to(weights.dtype)) > 0
     below = _product(seen, (value == -math.inf).to(weights.dtype)) > 0
-    undefined = (_product(seen, value.isnan().to(weights.dtype)) > 0) | (above & below)
+    nan = _product(seen, value.isnan().to(weights.dtype)) > 0
+    undefined = nan | (above & below) | output.detach().isnan()
     output = torch.where(above, math.inf, output)
     output = torch.where(below, -math.inf, output)
     return torch.where(undefined, math.nan, output)

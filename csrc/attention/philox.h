@@ -1,0 +1,42 @@
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3, SC 2011): the generator behind
+// dropout. A weight's fate depends on its place and the seed alone, so backward draws it again instead of reading it.
+//
+// Counter words: (key / 4, query, sequence * heads + head, offset). The four words of the result belong to keys
+// 4 * (key / 4) ... + 3. A weight is dropped when its word is below round(p * 2^32).
+#pragma once
+
+#include <stdint.h>
+
+namespace fastseq {
+namespace {
+
+struct PhiloxConstants {
+  static constexpr int rounds = 10;
+  static constexpr uint32_t multiplier0 = 0xD2511F53, multiplier1 = 0xCD9E8D57;
+  static constexpr uint32_t weyl0 = 0x9E3779B9, weyl1 = 0xBB67AE85;
+};
+
+// Wide: an integer, or a vector of integers, of 64 bits; every word lies in the low half of one. multiply(word, constant)
+// is their product, broadcast(word) the constant in every lane.
+template <class Wide, class Multiply, class Broadcast>
+inline __attribute__((always_inline)) void philox(Wide (&word)[4], uint64_t seed, Multiply multiply, Broadcast broadcast) {
+  using C = PhiloxConstants;
+  uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+  Wide low = broadcast(0xFFFFFFFFu);
+  for (int round = 0; round < C::rounds; ++round) {
+    Wide product0 = multiply(word[0], broadcast(C::multiplier0));
+    Wide product1 = multiply(word[2], broadcast(C::multiplier1));
+    word[0] = (product1 >> 32) ^ word[1] ^ broadcast(key0);
+    word[1] = product1 & low;
+    word[2] = (product0 >> 32) ^ word[3] ^ broadcast(key1);
+    word[3] = product0 & low;
+    key0 += C::weyl0;
+    key1 += C::weyl1;
+  }
+}
+
+// Words below this are dropped; 2^32 drops all of them.
+inline uint64_t dropout_threshold(double probability) { return (uint64_t)(probability * 4294967296.0 + 0.5); }
+
+}  // namespace
+}  // namespace fastseq

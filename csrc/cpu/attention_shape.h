@@ -1,0 +1,208 @@
+// What forward and backward of attention share: the extent of each sequence, which keys a query sees, panels of query rows.
+#pragma once
+
+#include "../fastseq.h"
+#include "attention_tile.h"
+#include "math.h"
+
+namespace fastseq::FS_ISA {
+namespace {
+
+// Keys worked on at a time: their scores for one panel (16 KiB) stay in L1.
+inline constexpr int64_t key_block = 128;
+
+// One sequence of the batch.
+struct SequenceSpan {
+  int64_t queries, keys;
+  int64_t query_start, key_start;  // first row in the tensors
+  int64_t shift;                   // position of query i is i + shift
+  Range unpadded;                  // keys before and after are padding
+};
+
+template <class T>
+FS_INLINE T* row_at(const fastseq_heads& tensor, int64_t batch, int64_t head, int64_t row) {
+  return (T*)tensor.data + batch * tensor.batch_stride + head * tensor.head_stride + row * tensor.row_stride;
+}
+template <class T>
+FS_INLINE T* row_at(const fastseq_rows& tensor, int64_t batch, int64_t head, int64_t row) {
+  return (T*)tensor.data + batch * tensor.batch_stride + head * tensor.head_stride + row;
+}
+
+template <class T>
+struct AttentionSizes {
+  static constexpr int64_t W = panel_width<T>;
+
+  const fastseq_attention_shape& shape;
+  int64_t batch, heads, kv_heads, group, key_size, value_size;
+  SequenceSpan* spans = nullptr;  // [B]
+
+  explicit AttentionSizes(const fastseq_attention_shape& shape)
+      : shape(shape),
+        batch(shape.batch),
+        heads(shape.heads),
+        kv_heads(shape.kv_heads),
+        group(shape.kv_heads ? shape.heads / shape.kv_heads : 0),
+        key_size(shape.key_size),
+        value_size(shape.value_size) {}
+
+  void fill_spans() const {
+    for (int64_t b = 0; b < batch; ++b) {
+      SequenceSpan& span = spans[b];
+      span.query_start = shape.query_starts ? shape.query_starts[b] : 0;
+      span.key_start = shape.key_starts ? shape.key_starts[b] : 0;
+      span.queries = shape.query_starts ? shape.query_starts[b + 1] - span.query_start : shape.queries;
+      span.keys = shape.key_starts ? shape.key_starts[b + 1] - span.key_start : shape.keys;
+      if (shape.query_lengths) span.queries = minimum(span.queries, shape.query_lengths[b]);
+      if (shape.key_lengths) span.keys = minimum(span.keys, shape.key_lengths[b]);
+      span.shift = shape.bottom_right ? span.keys - span.queries : 0;
+      span.unpadded = {0, span.keys};
+      if (shape.key_padding) {
+        const uint8_t* padding = shape.key_padding + b * shape.key_padding_stride;  // [Skv]
+        while (span.unpadded.end > 0 && padding[span.unpadded.end - 1]) --span.unpadded.end;
+        while (span.unpadded.begin < span.unpadded.end && padding[span.unpadded.begin]) ++span.unpadded.begin;
+      }
+    }
+  }
+
+  // Keys that some query at positions [first, last] may see.
+  FS_INLINE Range visible(const SequenceSpan& span, int64_t first, int64_t last) const {
+    Range keys = span.unpadded;
+    if (shape.window_left >= 0) keys.begin = maximum(keys.begin, first - shape.window_left);
+    if (shape.window_right >= 0) keys.end = minimum(keys.end, last + shape.window_right + 1);
+    return keys.end > keys.begin ? keys : Range{0, 0};
+  }
+  // Queries that may see a key of [first, last].
+  FS_INLINE Range seen_from(const SequenceSpan& span, int64_t first, int64_t last) const {
+    Range queries{0, span.queries};
+    if (shape.window_right >= 0) queries.begin = maximum(0, first - shape.window_right - span.shift);
+    if (shape.window_left >= 0) queries.end = minimum(queries.end, last + shape.window_left - span.shift + 1);
+    return queries.end > queries.begin ? queries : Range{0, 0};
+  }
+
+  // Upper bound on what is computed, to decide whether a second thread is worth waking.
+  int64_t score_count() const {
+    int64_t count = 0;
+    for (int64_t b = 0; b < batch; ++b) count += spans[b].queries * spans[b].keys;
+    return count * heads;
+  }
+  int useful_threads(int threads) const {
+    constexpr int64_t single_thread_flops = 1 << 20;
+    return 2 * score_count() * (key_size + value_size) < single_thread_flops ? 1 : threads;
+  }
+
+  // The score is a plain multiple of the product of query and key, up to which pairs are visible.
+  bool plain_scores() const { return shape.softcap == 0 && !shape.bias.data && !shape.alibi_slopes && shape.scale > 0; }
+};
+
+// panel_width query rows side by side in the lanes. Rows are those of one head; where queries are fewer than a panel, the
+// rows of all heads that share keys follow each other, so that the keys are read once for all of them.
+template <class T>
+struct Panel {
+  static constexpr int64_t W = panel_width<T>;
+  int64_t batch;
+  int64_t first_head;       // of row 0
+  int64_t rows_per_head;    // queries of the sequence
+  int64_t first_row, rows;  // rows in use, 1 ... W
+  Range positions;          // of its queries: begin ... end - 1
+
+  FS_INLINE int64_t clamped(int64_t lane) const { return first_row + minimum(lane, rows - 1); }
+  FS_INLINE int64_t head(int64_t lane) const {
+    int64_t row = clamped(lane);
+    return row < rows_per_head ? first_head : first_head + row / rows_per_head;
+  }
+  FS_INLINE int64_t query(int64_t lane) const {
+    int64_t row = clamped(lane);
+    return row < rows_per_head ? row : row % rows_per_head;
+  }
+};
+
+template <class T>
+FS_INLINE Panel<T> make_panel(const SequenceSpan& span, int64_t batch, int64_t first_head, int64_t first_row, int64_t rows) {
+  Panel<T> panel{batch, first_head, span.queries, first_row, rows, {}};
+  bool one_head = (first_row + rows - 1) / span.queries == first_row / span.queries;
+  panel.positions = one_head ? Range{panel.query(0) + span.shift, panel.query(rows - 1) + span.shift + 1}
+                             : Range{span.shift, span.queries + span.shift};
+  return panel;
+}
+
+// panel[k][lane] = rows[lane][k].
+template <class T>
+FS_INLINE void pack_lanes(const T* const* rows /* [panel_width] */, int64_t depth, T* panel /* [depth][panel_width] */) {
+  constexpr int L = lanes<T>;
+  for (int half = 0; half < 2; ++half)
+    for (int64_t k = 0; k < depth; k += L) {
+      int64_t count = minimum(L, depth - k);
+      Vec<T> block[L];
+      for (int j = 0; j < L; ++j) block[j] = load_partial(rows[half * L + j] + k, count);
+      transpose<T>(block);
+      for (int64_t j = 0; j < count; ++j) store(panel + (k + j) * panel_width<T> + half * L, block[j]);
+    }
+}
+
+// rows[lane][k] = panel[k][lane] * factor[lane], or += with Add, for the lanes in use.
+template <class T, bool Add = false>
+FS_INLINE void unpack_lanes(const T* panel /* [depth][panel_width] */, int64_t depth, const T* factor /* [panel_width] */,
+                            int64_t lanes_used, T* const* rows /* [panel_width] */) {
+  constexpr int L = lanes<T>;
+  for (int half = 0; half < 2; ++half) {
+    int64_t used = minimum(L, lanes_used - half * L);
+    Vec<T> by = load(factor + half * L);
+    for (int64_t k = 0; k < depth && used > 0; k += L) {
+      int64_t count = minimum(L, depth - k);
+      Vec<T> block[L];
+      for (int j = 0; j < L; ++j) block[j] = j < count ? load(panel + (k + j) * panel_width<T> + half * L) * by : Vec<T>{};
+      transpose<T>(block);
+      for (int64_t j = 0; j < used; ++j) {
+        T* target = rows[half * L + j] + k;
+        if constexpr (Add) block[j] = block[j] + load_partial(target, count);
+        store_partial(target, block[j], count);
+      }
+    }
+  }
+}
+
+// Rows of keys or values: as they lie, or copied together where they are pages or lie so far apart that the rows of a tile
+// would share a few cache sets.
+template <class T>
+struct RowBlock {
+  const T* data;
+  int64_t stride;
+  FS_INLINE RowBlock from(int64_t row) const { return {data + row * stride, stride}; }
+};
+template <class T>
+FS_INLINE bool needs_copy(const fastseq_attention_shape& shape, const fastseq_heads& tensor, int64_t size) {
+  constexpr int64_t slack = 256 / (int64_t)sizeof(T);
+  return shape.block_table || tensor.row_stride > size + slack;
+}
+template <class T>
+constexpr int64_t copied_stride(int64_t size) {
+  return round_up(size, 64 / (int64_t)sizeof(T)) + 64 / (int64_t)sizeof(T);
+}
+template <class T>
+FS_INLINE const T* key_row(const fastseq_attention_shape& shape, const fastseq_heads& tensor, const SequenceSpan& span,
+                           int64_t batch, int64_t head, int64_t key) {
+  if (shape.block_table) {
+    int64_t block = shape.block_table[batch * shape.blocks_per_sequence + key / shape.block_size];
+    return row_at<T>(tensor, block, head, key % shape.block_size);
+  }
+  return row_at<T>(tensor, batch, head, span.key_start + key);
+}
+template <class T>
+FS_INLINE RowBlock<T> key_rows(const fastseq_attention_shape& shape, const fastseq_heads& tensor, const SequenceSpan& span,
+                               int64_t batch, int64_t head, Range keys, int64_t size,
+                               T* copy /* [key_block][copied_stride] or NULL */) {
+  if (!copy) return {key_row<T>(shape, tensor, span, batch, head, keys.begin), tensor.row_stride};
+  int64_t stride = copied_stride<T>(size);
+  for (int64_t key = keys.begin; key < keys.end; ++key)
+    memcpy(copy + (key - keys.begin) * stride, key_row<T>(shape, tensor, span, batch, head, key), (size_t)size * sizeof(T));
+  return {copy, stride};
+}
+
+// Work handed out piece by piece; which thread does a piece does not change its bits.
+struct WorkQueue {
+  alignas(64) int64_t next = 0;
+  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+};
+
+}  // namespace
+}  // namespace fastseq::FS_ISA
