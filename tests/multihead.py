@@ -155,12 +155,14 @@ def check(case: Case) -> None:
         rounded = run(case, torch.nn, torch.float32, nudge)
         for name in errors:
             errors[name] = max(errors[name], largest(rounded[name] - exact[name]))
+    # Where a gradient is a difference of larger ones, its last digits are theirs.
+    scale = max(map(largest, truth.values()))
     for dtype in (torch.float64, torch.float32):
         results = run(case, fast_nn, dtype)
         assert results.keys() == truth.keys()
         for name, value in truth.items():
             assert results[name].shape == value.shape, name
-            limit = bound(dtype, errors[name], largest(value))
+            limit = bound(dtype, errors[name], largest(value)) + torch.finfo(dtype).eps * scale
             error = largest(results[name] - value)
             assert error <= limit, f"{name} {dtype}: error {error:.3e}, bound {limit:.3e}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -141,8 +141,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _projection_weights(self) -> tuple[Tensor, ...]:
         """The packed weight, or those of query, key and value."""
-        if self.in_proj_weight is not None:
-            return (self.in_proj_weight,)
+        packed = cast("Tensor | None", self.in_proj_weight)
+        if packed is not None:
+            return (packed,)
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         return tuple(weight for weight in weights if weight is not None)
 
