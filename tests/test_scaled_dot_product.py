@@ -1,4 +1,4 @@
-"""fastseq.functional.scaled_dot_product_attention: torch's results, shapes and exception classes."""
+"""scaled_dot_product_attention: torch's results, shapes and exception classes."""
 
 from __future__ import annotations
 

@@ -174,7 +174,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     query, key, value, *rest = inputs
     terms, ctx.options, _, ctx.weights = _split_forward(rest)
     ctx.save_for_backward(query, key, value, output[0], output[2], output[3], *terms)
-    ctx.mark_non_differentiable(output[2], output[3])
+    # Weights that nobody asked for are a tensor without elements.
+    ctx.mark_non_differentiable(*output[2:4], *(() if ctx.weights else output[4:]))
     ctx.set_materialize_grads(False)
 
 
