@@ -38,10 +38,26 @@ def register_transformers() -> None:
             "register_transformers needs the transformers package, at version 4.53 or later "
             "(pip install 'transformers>=4.53')"
         ) from error
-    from transformers.masking_utils import sdpa_mask
-
     AttentionInterface.register(NAME, _attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The library's boolean mask ``(B, 1, Sq or 1, Skv)``, ``None`` where nothing is to be hidden.
+
+    Where only padding is hidden, every row of queries has the same mask and one is enough: the
+    kernel then rules out whole tiles of keys, and no memory grows with ``Sq * Skv``.
+    """
+    from transformers import masking_utils
+
+    everything = getattr(masking_utils, "bidirectional_mask_function", None)
+    if (
+        everything is not None
+        and kwargs.get("mask_function") is everything
+        and "q_length" in kwargs
+    ):
+        kwargs["q_length"] = 1
+    return masking_utils.sdpa_mask(*args, **kwargs)
 
 
 def _attention_forward(
@@ -66,8 +82,8 @@ def _attention_forward(
         query: ``(B, Hq, Sq, E)``.
         key: ``(B, Hkv, Skv, E)``.
         value: ``(B, Hkv, Skv, Ev)``.
-        attention_mask: ``(B, 1 or Hq, Sq, Skv)``, bool (True takes part) or floating (added);
-            sliding windows and the like are in it already.
+        attention_mask: ``(1 or B, 1 or Hq, 1 or Sq, Skv)``, bool (True takes part) or floating
+            (added); sliding windows and the like are in it already.
         dropout: probability of dropping a weight.
         scaling: of the logits. Default: ``1 / sqrt(E)``.
         is_causal: overrides the layer's attribute.
@@ -92,16 +108,18 @@ def _attention_forward(
     queries, keys = query.size(2), key.size(2)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    mask = bias = None
+    mask = bias = padding = None
     causal = False
     if attention_mask is None:
         # A single query comes last and sees all keys. More of them without a mask start at key 0,
         # be it that the cache already has room for keys to come.
         causal = queries > 1 and bool(is_causal)
-    elif attention_mask.dtype == torch.bool:
-        mask = attention_mask[..., :keys]
-    else:
+    elif attention_mask.dtype != torch.bool:
         bias = attention_mask[..., :keys]
+    elif attention_mask.size(1) == 1 and attention_mask.size(2) == 1:
+        padding = ~attention_mask[:, 0, 0, :keys].expand(query.size(0), -1)
+    else:
+        mask = attention_mask[..., :keys]
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
     result = functional.attention(
@@ -111,6 +129,7 @@ def _attention_forward(
         causal=causal,
         mask=mask,
         bias=bias,
+        key_padding_mask=padding,
         softcap=softcap,
         sinks=s_aux,
         dropout_p=dropout,

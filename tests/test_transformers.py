@@ -114,6 +114,9 @@ def test_logits_and_gradients(
     if name in CAUSAL and padding == "none":
         assert calls[0]["causal"]
         assert calls[0]["mask"] is None
+    if name == "bert" and padding != "none":
+        assert calls[0]["key_padding_mask"].shape == (3, 7)
+        assert calls[0]["mask"] is None
     torch.testing.assert_close(actual, outcome(model, "sdpa", ids, mask), **CLOSE)
     model.float()
     actual, expected = (outcome(model, one, ids, mask) for one in ("fastseq", "eager"))
