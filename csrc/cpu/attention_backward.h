@@ -147,9 +147,7 @@ struct AttentionBackward {
       for (int64_t k = 0; k < sizes.value_size; k += L)
         sum = fused_multiply_add(load_partial(output + k, sizes.value_size - k),
                                  load_partial(gradient + k, sizes.value_size - k), sum);
-      T total = 0;
-      for (int lane = 0; lane < L; ++lane) total += sum[lane];
-      delta[query] = total - (call.grad_lse.data ? *row_at<T>(call.grad_lse, batch, head, row) : T(0));
+      delta[query] = sum_of_lanes<T>(sum) - (call.grad_lse.data ? *row_at<T>(call.grad_lse, batch, head, row) : T(0));
     }
     int64_t all = shape.query_starts ? shape.query_starts[batch + 1] - span.query_start : shape.queries;
     if (call.grad_query.data)

@@ -6,7 +6,7 @@
 // sees are skipped. Pieces share nothing, so that bits do not depend on the number of threads.
 #pragma once
 
-#include "attention_scores.h"
+#include "attention_decode.h"
 
 namespace fastseq::FS_ISA {
 namespace {
@@ -153,19 +153,12 @@ struct AttentionForward {
       int64_t all = shape.query_starts ? shape.query_starts[batch + 1] - span.query_start : shape.queries;
       for (int64_t query = span.queries; query < all; ++query) {
         memset(row_at<T>(call.output, batch, head, span.query_start + query), 0, (size_t)sizes.value_size * sizeof(T));
-        finish_row(batch, head, span.query_start + query, T(-__builtin_inff()), T(0));
+        write_row_statistics(call, batch, head, span.query_start + query, T(-__builtin_inff()), T(0));
         if (call.weights.data) zero_weights(batch, head, query);
       }
     }
   }
 
-  FS_INLINE void finish_row(int64_t batch, int64_t head, int64_t row, T maximum, T sum) {
-    if (call.lse.data) *row_at<T>(call.lse, batch, head, row) = (T)((double)maximum * ln_2 + __builtin_log((double)sum));
-    if (call.row_maximum.data) {
-      *row_at<T>(call.row_maximum, batch, head, row) = maximum == T(-__builtin_inff()) ? T(0) : maximum;
-      *row_at<T>(call.row_scale, batch, head, row) = sum == 0 ? T(0) : 1 / sum;
-    }
-  }
   T* weights_row(int64_t batch, int64_t head, int64_t query) const {
     return (T*)call.weights.data + batch * call.weights.batch_stride + head * call.weights.head_stride +
            query * call.weights.query_stride;
@@ -261,7 +254,7 @@ struct AttentionForward {
       int64_t head = panel.head(lane), row = piece.span->query_start + panel.query(lane);
       factor[lane] = weight_scale(softmax.sum[lane]);
       row_of[lane] = row_at<T>(call.output, piece.batch, head, row);
-      if (lane < panel.rows) finish_row(piece.batch, head, row, softmax.maximum[lane], softmax.sum[lane]);
+      if (lane < panel.rows) write_row_statistics(call, piece.batch, head, row, softmax.maximum[lane], softmax.sum[lane]);
     }
     unpack_lanes(output_panel(b, p), sizes.value_size, factor, panel.rows, row_of);
   }
@@ -296,6 +289,7 @@ struct AttentionForward {
 
 template <class T>
 int attention_forward(const fastseq_attention_forward* call) {
+  if (AttentionDecode<T>::applies(*call)) return AttentionDecode<T>(*call).run();
   return AttentionForward<T>(*call).run();
 }
 

@@ -244,6 +244,17 @@ FS_INLINE void weighted_sum(BlockKind kind, RowBlock<T> rows, int64_t columns, c
     multiply_columns(rows.data, rows.stride, columns, weights, panel_width<T>, depth, c, factor);
 }
 
+// What forward says about one row besides its output.
+template <class T>
+FS_INLINE void write_row_statistics(const fastseq_attention_forward& call, int64_t batch, int64_t head, int64_t row,
+                                    T maximum /* in units of log 2 */, T sum) {
+  if (call.lse.data) *row_at<T>(call.lse, batch, head, row) = (T)((double)maximum * ln_2 + __builtin_log((double)sum));
+  if (call.row_maximum.data) {
+    *row_at<T>(call.row_maximum, batch, head, row) = maximum == T(-__builtin_inff()) ? T(0) : maximum;
+    *row_at<T>(call.row_scale, batch, head, row) = sum == 0 ? T(0) : 1 / sum;
+  }
+}
+
 // --- Dropout
 
 typedef uint64_t WideVector __attribute__((vector_size(FS_VECTOR_BYTES)));

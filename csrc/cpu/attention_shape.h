@@ -119,7 +119,7 @@ struct Panel {
 template <class T>
 FS_INLINE Panel<T> make_panel(const SequenceSpan& span, int64_t batch, int64_t first_head, int64_t first_row, int64_t rows) {
   Panel<T> panel{batch, first_head, span.queries, first_row, rows, {}};
-  bool one_head = (first_row + rows - 1) / span.queries == first_row / span.queries;
+  bool one_head = first_row + rows <= span.queries || (first_row + rows - 1) / span.queries == first_row / span.queries;
   panel.positions = one_head ? Range{panel.query(0) + span.shift, panel.query(rows - 1) + span.shift + 1}
                              : Range{span.shift, span.queries + span.shift};
   return panel;

@@ -151,5 +151,30 @@ FS_INLINE void transpose(Vec<T>* rows) {
   }
 }
 
+// 0, 1, 2, ...
+template <class T>
+FS_INLINE IntVec<T> lane_index() {
+  IntVec<T> index;
+  for (int i = 0; i < lanes<T>; ++i) index[i] = i;
+  return index;
+}
+
+// The sum and the largest of all lanes, in a fixed order; NaN lanes do not take part in the largest.
+template <class T>
+FS_INLINE T sum_of_lanes(Vec<T> value) {
+#pragma GCC unroll 4
+  for (int step = lanes<T> / 2; step; step /= 2) value = value + __builtin_shuffle(value, lane_index<T>() ^ step);
+  return value[0];
+}
+template <class T>
+FS_INLINE T largest_lane(Vec<T> value) {
+#pragma GCC unroll 4
+  for (int step = lanes<T> / 2; step; step /= 2) {
+    Vec<T> other = __builtin_shuffle(value, lane_index<T>() ^ step);
+    value = other > value ? other : value;
+  }
+  return value[0];
+}
+
 }  // namespace
 }  // namespace fastseq::FS_ISA

@@ -344,14 +344,14 @@ def _pairs(query: Tensor, key: Tensor, terms: Terms) -> int:
     return query.shape[1] * pairs
 
 
-@register_flop_formula(torch.ops.fastseq.attention_forward, get_raw=True)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.fastseq.attention_forward, get_raw=True)
 def _forward_flops(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any = None, **_: Any
 ) -> int:
     return 2 * _pairs(query, key, Terms(*rest[:_TERM_COUNT])) * (key.shape[-1] + value.shape[-1])
 
 
-@register_flop_formula(torch.ops.fastseq.attention_backward, get_raw=True)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.fastseq.attention_backward, get_raw=True)
 def _backward_flops(
     grad_output: Tensor | None,
     grad_lse: Tensor | None,

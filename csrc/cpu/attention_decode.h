@@ -1,0 +1,302 @@
+// Attention of a few query rows against many keys, as in decoding: reading keys and values is all that costs, so each is read
+// once for all the query rows that share it, vectors run along the head, and where sequences and heads are few the keys are
+// cut into splits whose partial results are joined at the end. The number of splits depends on sizes alone.
+#pragma once
+
+#include "attention_scores.h"
+
+namespace fastseq::FS_ISA {
+namespace {
+
+template <class T>
+struct AttentionDecode {
+  using V = Vec<T>;
+  static constexpr int64_t W = panel_width<T>;
+  static constexpr int L = lanes<T>;
+  static constexpr int64_t most_rows = 8;                          // of all query heads that share keys
+  static constexpr int64_t wanted_pieces = 16, fewest_keys = 256;  // of a split
+
+  // What one split knows about the rows of one key head.
+  struct Partial {
+    T maximum[most_rows];  // in units of log 2
+    T sum[most_rows];
+  };
+
+  const fastseq_attention_forward& call;
+  const fastseq_attention_shape& shape;
+  AttentionSizes<T> sizes;
+  int64_t splits, output_stride, query_stride;
+  bool unmarked;                // nothing but lengths decides what is seen, and scores are plain
+  Partial* partials;            // [B][Hkv][splits]
+  T* outputs;                   // [B][Hkv][splits][most_rows][output_stride]
+  T* queries;                   // [threads][most_rows][query_stride]
+  T* scores;                    // [threads][most_rows][key_block]
+  T* panels;                    // [threads][key_block][W]
+  PanelScores<T>* lane_scores;  // [threads]
+  WorkQueue queue;
+  Barrier barrier;
+
+  static bool applies(const fastseq_attention_forward& call) {
+    const fastseq_attention_shape& shape = call.shape;
+    return shape.kv_heads > 0 && shape.heads / shape.kv_heads * shape.queries <= most_rows && shape.dropout == 0 &&
+           !call.weights.data && !shape.query_lengths;
+  }
+
+  explicit AttentionDecode(const fastseq_attention_forward& call) : call(call), shape(call.shape), sizes(call.shape) {
+    int64_t pieces = sizes.batch * sizes.kv_heads;
+    splits = pieces ? minimum((wanted_pieces + pieces - 1) / pieces, (shape.keys + fewest_keys - 1) / fewest_keys) : 1;
+    splits = maximum(splits, 1);
+    unmarked = sizes.plain_scores() && !shape.key_padding && !shape.mask.data && shape.window_left < 0 &&
+               (shape.window_right < 0 || (shape.bottom_right && shape.queries == 1));
+    output_stride = round_up(sizes.value_size, L);
+    query_stride = round_up(sizes.key_size, L);
+  }
+
+  void lay_out(Arena& arena, int threads) {
+    sizes.spans = arena.take<SequenceSpan>(sizes.batch);
+    int64_t pieces = sizes.batch * sizes.kv_heads * splits;
+    partials = arena.take<Partial>(pieces);
+    outputs = arena.take<T>(pieces * most_rows * output_stride);
+    queries = arena.take<T>(threads * most_rows * query_stride);
+    scores = arena.take<T>(threads * most_rows * key_block);
+    panels = arena.take<T>(threads * key_block * W);
+    lane_scores = arena.take<PanelScores<T>>(threads);
+  }
+
+  int run() {
+    int threads = shape.threads;
+    Arena arena{nullptr};
+    lay_out(arena, threads);
+    arena = Arena{(char*)fastseq_workspace(arena.used)};
+    if (!arena.base) return FASTSEQ_OUT_OF_MEMORY;
+    lay_out(arena, threads);
+    sizes.fill_spans();
+    auto body = [this](int rank, int size) {
+      Team team{rank, size, &barrier};
+      int64_t heads = sizes.batch * sizes.kv_heads;
+      if (size == 1) {
+        // Nothing to share out, and a division per head is felt in the smallest calls.
+        for (int64_t batch = 0; batch < sizes.batch; ++batch)
+          for (int64_t head = 0; head < sizes.kv_heads; ++head)
+            for (int64_t s = 0; s < splits; ++s) run_split(rank, batch, head, s);
+      } else {
+        for (int64_t piece; (piece = queue.take()) < heads * splits;)
+          run_split(rank, piece / splits / sizes.kv_heads, piece / splits % sizes.kv_heads, piece % splits);
+      }
+      team.wait();
+      Range mine = split(heads, size, rank);
+      for (int64_t i = mine.begin; i < mine.end; ++i) join_splits(i / sizes.kv_heads, i % sizes.kv_heads);
+    };
+    run_parallel(sizes.useful_threads(threads), body);
+    return FASTSEQ_OK;
+  }
+
+  void run_split(int rank, int64_t batch, int64_t kv_head, int64_t split_index) {
+    const SequenceSpan& span = sizes.spans[batch];
+    int64_t piece = (batch * sizes.kv_heads + kv_head) * splits + split_index;
+    int64_t rows = sizes.group * span.queries;
+    if (rows == 0) return;
+    Panel<T> panel = make_panel<T>(span, batch, kv_head * sizes.group, 0, rows);
+    if (!unmarked) lane_scores[rank].prepare(sizes, panel);
+    T* query = queries + rank * most_rows * query_stride;
+    Partial& partial = partials[piece];
+    T* output = outputs + piece * most_rows * output_stride;
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* source = row_at<T>(call.query, batch, panel.head(row), span.query_start + panel.query(row));
+      for (int64_t k = 0; k < query_stride; k += L)
+        store(query + row * query_stride + k, load_partial(source + k, sizes.key_size - k));
+      bool sinks = shape.sinks && split_index == 0;
+      partial.maximum[row] = sinks ? ((const T*)shape.sinks)[panel.head(row)] * T(log2_e) : T(-__builtin_inff());
+      partial.sum[row] = sinks ? T(1) : T(0);
+      memset(output + row * output_stride, 0, (size_t)output_stride * sizeof(T));
+    }
+    Range visible = sizes.visible(span, panel.positions.begin, panel.positions.end - 1);
+    Range part = splits == 1 ? Range{0, visible.count()} : split(visible.count(), splits, split_index);
+    part = {visible.begin + part.begin, visible.begin + part.end};
+    for (int64_t begin = part.begin; begin < part.end;) {
+      int64_t end = minimum(begin + key_block, part.end);
+      if (shape.block_table) end = minimum(end, (begin / shape.block_size + 1) * shape.block_size);
+      run_block(rank, batch, kv_head, {begin, end}, rows, query, partial, output);
+      begin = end;
+    }
+  }
+
+  void run_block(int rank, int64_t batch, int64_t kv_head, Range keys, int64_t rows, const T* query, Partial& partial,
+                 T* output) {
+    const SequenceSpan& span = sizes.spans[batch];
+    const PanelScores<T>& lanes_of_rows = lane_scores[rank];
+    using Seen = typename PanelScores<T>::Seen;
+    Seen seen = shape.key_padding || shape.mask.data ? lanes_of_rows.seen(keys) : Seen::all;
+    if (seen == Seen::none) return;
+    T* row_scores = scores + rank * most_rows * key_block;
+    RowBlock<T> key_block_rows = key_rows<T>(shape, call.key, span, batch, kv_head, keys, sizes.key_size, nullptr);
+    RowBlock<T> values = key_rows<T>(shape, call.value, span, batch, kv_head, keys, sizes.value_size, nullptr);
+    products(key_block_rows, keys.count(), query, rows, row_scores);
+    bool in_window = unmarked || lanes_of_rows.all_in_window(keys);
+    bool partly = !in_window || seen == Seen::some || shape.bias.data;
+    if (partly || !sizes.plain_scores()) {
+      // The rules for scores are written for queries in lanes.
+      T* panel = panels + rank * key_block * W;
+      alignas(64) T largest[W];
+      for (int64_t k = 0; k < keys.count(); ++k)
+        for (int64_t lane = 0; lane < W; ++lane) panel[k * W + lane] = row_scores[minimum(lane, rows - 1) * key_block + k];
+      lanes_of_rows.adjust(keys, in_window, seen == Seen::some, panel, largest);
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t k = 0; k < keys.count(); ++k) row_scores[row * key_block + k] = panel[k * W + row];
+    }
+    T shrink[most_rows];
+    for (int64_t row = 0; row < rows; ++row) weigh(row_scores + row * key_block, keys.count(), partial, row, shrink[row]);
+    // A value that nobody sees may be NaN.
+    bool skips = partly && !all_finite(values, keys.count(), sizes.value_size);
+    add_values(values, keys.count(), row_scores, rows, shrink, skips, output);
+  }
+
+  // row_scores[row][k] = key k . query row; lanes past the last key are -Inf.
+  FS_NOINLINE void products(RowBlock<T> keys, int64_t count, const T* query, int64_t rows, T* row_scores) const {
+    int64_t size = sizes.key_size, whole = size / L * L;
+    for (int64_t first = 0; first < count; first += L) {
+      const T* key[L];
+      int64_t valid = minimum(L, count - first);
+      for (int j = 0; j < L; ++j) key[j] = keys.data + (first + minimum(j, valid - 1)) * keys.stride;
+      for (int64_t row = 0; row < rows; ++row) {
+        const T* q = query + row * query_stride;
+        V sum[L] = {};
+        for (int64_t k = 0; k < whole; k += L) {
+          V value = load(q + k);
+#pragma GCC unroll 16
+          for (int j = 0; j < L; ++j) sum[j] = fused_multiply_add(load(key[j] + k), value, sum[j]);
+          // Each row asks for its share of the next keys, so that memory has something to do all the time.
+          for (int64_t j = row; j < L; j += rows) __builtin_prefetch(key[j] + k + L * keys.stride);
+        }
+        if (whole < size) {
+          V value = load(q + whole);
+#pragma GCC unroll 16
+          for (int j = 0; j < L; ++j) sum[j] = fused_multiply_add(load_partial(key[j] + whole, size - whole), value, sum[j]);
+        }
+        V total = transpose_add<T, 1, L>(sum);
+        total = lane_index<T>() < IntVec<T>{} + (decltype(IntVec<T>{}[0] + 0))valid ? total : negative_infinity<T>();
+        store(row_scores + row * key_block + first, total);
+      }
+    }
+  }
+
+  // Scores of one row to weights; the running maximum and sum take part.
+  FS_INLINE void weigh(T* row_scores, int64_t count, Partial& partial, int64_t row, T& shrink) const {
+    T factor = score_factor(sizes), minus_infinity = T(-__builtin_inff());
+    V top = broadcast(minus_infinity);
+    for (int64_t k = 0; k < count; k += L) {
+      V score = load(row_scores + k);
+      top = score > top ? score : top;
+    }
+    T scaled = largest_lane<T>(top) * factor, largest = scaled > partial.maximum[row] ? scaled : partial.maximum[row];
+    T subtracted = largest == minus_infinity ? T(0) : largest;
+    V total{};
+    for (int64_t k = 0; k < count; k += L) {
+      V score = load(row_scores + k);
+      V exponent = fused_multiply_add(score, broadcast(factor), broadcast(-subtracted));
+      V weight = Math<T>::exp2_nonpositive(exponent);
+      total = total + weight;
+      store(row_scores + k, weight);
+    }
+    T sum = sum_of_lanes<T>(total);
+    shrink = Math<T>::exp2_nonpositive(broadcast(partial.maximum[row] - subtracted))[0];
+    partial.sum[row] = partial.sum[row] * shrink + sum;
+    partial.maximum[row] = largest;
+  }
+
+  // output[row] = output[row] * shrink[row] + sum over keys of weight * value.
+  void add_values(RowBlock<T> values, int64_t count, const T* weights, int64_t rows, const T* shrink, bool skips,
+                  T* output) const {
+    if (skips) {
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t column = 0; column < sizes.value_size; ++column) {
+          T sum = output[row * output_stride + column] * shrink[row];
+          for (int64_t k = 0; k < count; ++k) {
+            T weight = weights[row * key_block + k];
+            if (weight != 0) sum += weight * values.data[k * values.stride + column];
+          }
+          output[row * output_stride + column] = sum;
+        }
+      return;
+    }
+    for (int64_t row = 0; row < rows;) {
+      const T* weight = weights + row * key_block;
+      T* target = output + row * output_stride;
+      if (rows - row >= 4) {
+        add_rows<4, 4>(values, count, weight, shrink + row, target);
+        row += 4;
+      } else if (rows - row >= 2) {
+        add_rows<2, 8>(values, count, weight, shrink + row, target);
+        row += 2;
+      } else {
+        add_rows<1, 8>(values, count, weight, shrink + row, target);
+        row += 1;
+      }
+    }
+  }
+  template <int R, int C>
+  FS_NOINLINE void add_rows(RowBlock<T> values, int64_t count, const T* weights, const T* shrink, T* output) const {
+    constexpr int64_t ahead = 16;
+    int64_t column = 0;
+    for (; column + C * L <= sizes.value_size; column += C * L) {
+      V sum[R][C] = {};
+      for (int64_t k = 0; k < count; ++k) {
+        const T* value = values.data + k * values.stride + column;
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) {
+          V part = load(value + c * L);
+          __builtin_prefetch(value + c * L + ahead * values.stride);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) sum[r][c] = fused_multiply_add(broadcast(weights[r * key_block + k]), part, sum[r][c]);
+        }
+      }
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) {
+          T* place = output + r * output_stride + column + c * L;
+          store(place, fused_multiply_add(load(place), broadcast(shrink[r]), sum[r][c]));
+        }
+    }
+    for (; column < sizes.value_size; column += L) {
+      V sum[R] = {};
+      for (int64_t k = 0; k < count; ++k) {
+        V part = load_partial(values.data + k * values.stride + column, sizes.value_size - column);
+        for (int r = 0; r < R; ++r) sum[r] = fused_multiply_add(broadcast(weights[r * key_block + k]), part, sum[r]);
+      }
+      for (int r = 0; r < R; ++r) {
+        T* place = output + r * output_stride + column;
+        store(place, fused_multiply_add(load(place), broadcast(shrink[r]), sum[r]));
+      }
+    }
+  }
+
+  void join_splits(int64_t batch, int64_t kv_head) const {
+    const SequenceSpan& span = sizes.spans[batch];
+    int64_t piece = (batch * sizes.kv_heads + kv_head) * splits;
+    for (int64_t row = 0; row < sizes.group * span.queries; ++row) {
+      int64_t member = span.queries == 1 ? row : row / span.queries;
+      int64_t head = kv_head * sizes.group + member, place = span.query_start + row - member * span.queries;
+      T largest = T(-__builtin_inff()), sum = 0;
+      for (int64_t s = 0; s < splits; ++s)
+        largest = partials[piece + s].maximum[row] > largest ? partials[piece + s].maximum[row] : largest;
+      T subtracted = largest == T(-__builtin_inff()) ? T(0) : largest;
+      T by[wanted_pieces];
+      for (int64_t s = 0; s < splits; ++s) {
+        by[s] = Math<T>::exp2_nonpositive(broadcast(partials[piece + s].maximum[row] - subtracted))[0];
+        sum += partials[piece + s].sum[row] * by[s];
+      }
+      T inverse = sum == 0 ? T(0) : 1 / sum;
+      T* target = row_at<T>(call.output, batch, head, place);
+      for (int64_t column = 0; column < sizes.value_size; column += L) {
+        V total{};
+        for (int64_t s = 0; s < splits; ++s)
+          total = fused_multiply_add(load(outputs + ((piece + s) * most_rows + row) * output_stride + column), broadcast(by[s]),
+                                     total);
+        store_partial(target + column, total * broadcast(inverse), sizes.value_size - column);
+      }
+      write_row_statistics(call, batch, head, place, largest, sum);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fastseq::FS_ISA
