@@ -26,8 +26,8 @@ def register_transformers() -> None:
     Registers the attention function and the masks that go with it, by the interfaces that the
     library has for this (https://huggingface.co/docs/transformers/attention_interface). Grouped
     heads, soft-capping, attention sinks and position biases are the kernel's own, and so are the
-    weights, where a model hands ``output_attentions`` on. May be called again. Before version 5 some models,
-    BERT among them, do not look up the attention function and so are not affected.
+    weights, where a model hands ``output_attentions`` on. May be called again.
+    Before version 5 some models, BERT among them, do not look the attention function up.
 
     Raises:
         ImportError: ``transformers`` is not installed, or too old to have those interfaces.
