@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastseq.bench.build import BuiltCase, build, layer_call
-from fastseq.bench.cases import SUITES, Case
+from fastseq.bench.cases import RNN_SUITE, Case
 from fastseq.bench.gate import GateResult, check
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def checked(case: Case) -> tuple[BuiltCase, GateResult]:
 
 
 @pytest.mark.parametrize("library", ["torch", "fastseq"])
-@pytest.mark.parametrize("case", SUITES["rnn"], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", RNN_SUITE, ids=lambda case: case.name)
 def test_layer(benchmark: BenchmarkFixture, case: Case, library: str) -> None:
     built, gate = checked(case)
     assert gate.passed, gate.summary()

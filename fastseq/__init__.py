@@ -12,10 +12,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastseq import functional, nn
+    from fastseq import functional, integrations, nn
     from fastseq._config import backend, capabilities, isa, set_isa
     from fastseq.backends import FastseqFallbackWarning
     from fastseq.convert import Report, convert, revert
+    from fastseq.patch import patch_sdpa
 
 try:
     __version__ = version("fastseq")
@@ -30,10 +31,11 @@ _HOME = {
     "capabilities": "_config",
     "convert": "convert",
     "isa": "_config",
+    "patch_sdpa": "patch",
     "revert": "convert",
     "set_isa": "_config",
 }
-_SUBMODULES = ("functional", "nn")
+_SUBMODULES = ("functional", "integrations", "nn")
 
 __all__ = [
     "FastseqFallbackWarning",
@@ -43,8 +45,10 @@ __all__ = [
     "capabilities",
     "convert",
     "functional",
+    "integrations",
     "isa",
     "nn",
+    "patch_sdpa",
     "revert",
     "set_isa",
 ]

@@ -1,5 +1,5 @@
 # The C ABI of csrc/fastseq.h for Cython.
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 
 
 cdef extern from "fastseq.h" nogil:
@@ -64,6 +64,89 @@ cdef extern from "fastseq.h" nogil:
         fastseq_rnn_weights weights[2]
         fastseq_rnn_weight_gradients grad_weights[2]
 
+    struct fastseq_heads:
+        void* data
+        int64_t batch_stride
+        int64_t head_stride
+        int64_t row_stride
+
+    struct fastseq_scores:
+        void* data
+        int64_t batch_stride
+        int64_t head_stride
+        int64_t query_stride
+        int64_t key_stride
+
+    struct fastseq_rows:
+        void* data
+        int64_t batch_stride
+        int64_t head_stride
+
+    struct fastseq_attention_shape:
+        int64_t batch
+        int64_t heads
+        int64_t kv_heads
+        int64_t queries
+        int64_t keys
+        int64_t key_size
+        int64_t value_size
+        const int64_t* query_starts
+        const int64_t* key_starts
+        const int64_t* query_lengths
+        const int64_t* key_lengths
+        const int64_t* block_table
+        int64_t blocks_per_sequence
+        int64_t block_size
+        int64_t window_left
+        int64_t window_right
+        int32_t bottom_right
+        int32_t threads
+        double scale
+        double softcap
+        double dropout
+        uint64_t dropout_seed
+        uint64_t dropout_offset
+        fastseq_scores bias
+        fastseq_scores mask
+        const uint8_t* key_padding
+        int64_t key_padding_stride
+        const void* alibi_slopes
+        int64_t alibi_batch_stride
+        const void* sinks
+
+    struct fastseq_attention_forward:
+        fastseq_attention_shape shape
+        fastseq_heads query
+        fastseq_heads key
+        fastseq_heads value
+        fastseq_heads output
+        fastseq_rows lse
+        fastseq_rows row_maximum
+        fastseq_rows row_scale
+        fastseq_scores weights
+        int32_t average_weights
+
+    struct fastseq_attention_backward:
+        fastseq_attention_shape shape
+        fastseq_heads query
+        fastseq_heads key
+        fastseq_heads value
+        fastseq_heads output
+        fastseq_rows row_maximum
+        fastseq_rows row_scale
+        fastseq_heads grad_output
+        fastseq_rows grad_lse
+        fastseq_heads grad_query
+        fastseq_heads grad_key
+        fastseq_heads grad_value
+        fastseq_scores grad_bias
+        int64_t grad_bias_elements
+        void* grad_sinks
+
+    ctypedef int (*fastseq_attention_forward_function)(const fastseq_attention_forward*) noexcept nogil
+    ctypedef int (*fastseq_attention_backward_function)(const fastseq_attention_backward*) noexcept nogil
+    ctypedef void (*fastseq_dropout_mask_function)(const fastseq_attention_shape*, uint8_t*) noexcept nogil
+
     ctypedef int (*fastseq_rnn_forward_function)(const fastseq_rnn_forward*) noexcept nogil
     ctypedef int (*fastseq_rnn_backward_function)(const fastseq_rnn_backward*) noexcept nogil
     ctypedef size_t (*fastseq_rnn_reserve_function)(int64_t, int64_t, int64_t, int64_t) noexcept nogil
@@ -76,6 +159,9 @@ cdef extern from "fastseq.h" nogil:
         fastseq_rnn_backward_function rnn_backward[1][2]
         fastseq_rnn_reserve_function rnn_reserve_bytes[1][2]
         fastseq_unary_function unary[1][2]
+        fastseq_attention_forward_function attention_forward[2]
+        fastseq_attention_backward_function attention_backward[2]
+        fastseq_dropout_mask_function dropout_mask
         fastseq_peak_function fma_gflops[2]
 
     int fastseq_isa_count()

@@ -82,3 +82,54 @@ def rnn_backward(
     row_order: Tensor | None,
     packed: bool,
 ) -> None: ...
+
+Sizes = tuple[int, int, int, int, int, int, int]
+Terms = tuple[Tensor | None, ...]
+Options = tuple[int, int, bool, float, float, float]
+
+def attention_forward(
+    dtype: int,
+    threads: int,
+    sizes: Sizes,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: Terms,
+    options: Options,
+    output: Tensor,
+    lse: Tensor | None,
+    row_maximum: Tensor | None,
+    row_scale: Tensor | None,
+    weights: Tensor | None,
+    average_weights: bool,
+) -> None: ...
+def attention_backward(
+    dtype: int,
+    threads: int,
+    sizes: Sizes,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: Terms,
+    options: Options,
+    output: Tensor,
+    row_maximum: Tensor,
+    row_scale: Tensor,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_sinks: Tensor | None,
+) -> None: ...
+def dropout_mask(sizes: Sizes, probability: float, seed: Tensor, keep: Tensor) -> None: ...
+def plain_attention(
+    threads: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    grouped: bool,
+    scale: float | None,
+) -> Tensor | None: ...

@@ -5,11 +5,17 @@ Every tensor argument is a torch tensor or None (a null pointer). `dtype` is 0 f
 """
 
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
-from libc.stdint cimport int64_t, uintptr_t
+from libc.math cimport sqrt
+from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
+from libc.string cimport memset
 
 from fastseq._core cimport (
     FASTSEQ_CELL_COUNT,
+    fastseq_attention_backward,
+    fastseq_attention_forward,
+    fastseq_attention_shape,
     fastseq_cell_name,
+    fastseq_heads,
     fastseq_isa_count,
     fastseq_isa_name,
     fastseq_isa_usable,
@@ -21,6 +27,8 @@ from fastseq._core cimport (
     fastseq_rnn_shape,
     fastseq_rnn_weight_gradients,
     fastseq_rnn_weights,
+    fastseq_rows,
+    fastseq_scores,
     fastseq_sequence,
     fastseq_table,
 )
@@ -298,3 +306,6 @@ def plain_layer(int cell, int gates, bint has_cell, int threads, input, hx, cx, 
     if status:
         raise MemoryError("rnn_forward: no memory for the kernel's workspace")
     return output, h_n, c_n
+
+
+include "_cpu_attention.pxi"

@@ -30,9 +30,20 @@ REGISTRY: dict[type[torch_nn.Module], type[torch_nn.Module]] = {
     torch_nn.RNNCell: fast_nn.RNNCell,
     torch_nn.LSTMCell: fast_nn.LSTMCell,
     torch_nn.GRUCell: fast_nn.GRUCell,
+    torch_nn.MultiheadAttention: fast_nn.MultiheadAttention,
 }
 _REVERSE = {fast: plain for plain, fast in REGISTRY.items()}
 _NAMES = {plain.__name__ for plain in REGISTRY}
+
+_ATTENTION_WEIGHTS = (
+    "in_proj_weight",
+    "q_proj_weight",
+    "k_proj_weight",
+    "v_proj_weight",
+    "in_proj_bias",
+    "bias_k",
+    "bias_v",
+)
 
 Predicate: TypeAlias = Callable[[str, torch_nn.Module], bool]
 Filter: TypeAlias = str | Predicate | Sequence[str | Predicate]
@@ -93,7 +104,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.rows:
-            return "no recurrent layers found"
+            return "no layers found that fastseq has"
         table = [_HEADER, *self._cells()]
         widths = [max(len(cells[column]) for cells in table) for column in range(len(_HEADER))]
         table.insert(1, ("-" * widths[0], "-" * widths[1], "-" * widths[2], "-" * widths[3]))
@@ -200,7 +211,9 @@ def revert(model: torch_nn.Module, *, verbose: bool = False) -> Report:
     rows: list[Row] = []
     for module, fqns in _unique_modules(model):
         plain = _REVERSE.get(type(module))
-        if plain is not None:
+        if plain is not None and (reason := _without_counterpart(module)):
+            rows += _rows(fqns, _name(type(module)), "", "skipped", reason)
+        elif plain is not None:
             rows += _rows(fqns, _name(type(module)), _name(plain), "reverted", "")
             module.__class__ = plain
         elif isinstance(module, tuple(_REVERSE)):
@@ -210,6 +223,16 @@ def revert(model: torch_nn.Module, *, verbose: bool = False) -> Report:
     if verbose:
         _print(report)
     return report
+
+
+def _without_counterpart(module: torch_nn.Module) -> str:
+    """Which option of a fastseq layer torch's has not; empty where there is none."""
+    if isinstance(module, fast_nn.MultiheadAttention):
+        if module.num_kv_heads is not None:
+            return "torch.nn.MultiheadAttention has no num_kv_heads"
+        if "rope" in module._modules:
+            return "torch.nn.MultiheadAttention has no rope"
+    return ""
 
 
 def _check_model(model: object) -> None:
@@ -247,6 +270,8 @@ def _old_and_new(module: torch_nn.Module) -> tuple[str, str] | None:
     if isinstance(module, torch.jit.ScriptModule):
         name = str(getattr(module, "original_name", ""))
         return (f"torch.jit:{name}", f"fastseq.nn.{name}") if name in _NAMES else None
+    if issubclass(kind, tuple(_REVERSE)):
+        return None
     for plain, fast in REGISTRY.items():
         if isinstance(module, plain):
             return _name(kind), _name(fast)
@@ -283,10 +308,11 @@ def _base_name(kind: type[torch_nn.Module]) -> str:
 
 def _weight_obstacle(module: torch_nn.Module) -> str:
     for name in _weight_names(module):
-        if name not in module._parameters:
+        if name not in module._parameters and getattr(module, name, None) is not None:
             how = "pruned" if f"{name}_mask" in module._buffers else "recomputed by a hook"
             return f"{name} is not a plain parameter: {how}"
-    parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+    # Not only the module's own: attention holds its output projection in a submodule.
+    parameters = list(module.parameters())
     devices = {parameter.device.type for parameter in parameters}
     dtypes = {parameter.dtype for parameter in parameters}
     if devices != {"cpu"}:
@@ -299,6 +325,8 @@ def _weight_obstacle(module: torch_nn.Module) -> str:
 def _weight_names(module: torch_nn.Module) -> Sequence[str]:
     if isinstance(module, torch_nn.RNNBase):
         return module._flat_weights_names
+    if isinstance(module, torch_nn.MultiheadAttention):
+        return _ATTENTION_WEIGHTS
     return ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 

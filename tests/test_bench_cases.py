@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastseq.bench import build, command, gate, onnx_peer, report, runner
-from fastseq.bench.cases import SUITES, Case, CaseOptions, make_case, select
+from fastseq.bench.cases import RNN_SUITE, Case, CaseOptions, make_case, select
 from fastseq.bench.timing import interleave, summarize
 
 # What torch says about its own layers is not about ours.
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TF32 acceleration"),
 ]
 
-CASES = SUITES["rnn"]
+CASES = RNN_SUITE
 # One of each kind at a size that takes no time.
 SMALL_CASES = [
     make_case(layer, direction, T=5, B=3, I=7, H=9, options=options)

@@ -349,5 +349,9 @@ def test_meta_device(name: str, grad: bool) -> None:
 
 
 def test_the_schema_is_closed() -> None:
-    """The two ops are all that is registered; another one belongs into these tests."""
-    assert _ops._library._op_defs == {"fastseq::rnn_forward", "fastseq::rnn_backward"}
+    """These ops are all that is registered; another one belongs into these tests."""
+    assert _ops.library._op_defs == {
+        f"fastseq::{stem}_{direction}"
+        for stem in ("rnn", "attention")
+        for direction in ("forward", "backward")
+    }

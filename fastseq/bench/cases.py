@@ -10,9 +10,10 @@ import fnmatch
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fastseq import _cells
+from fastseq.bench.attention_cases import AttentionCase, AttentionOptions, attention_suite
 
 Direction = Literal["inference", "training"]
 
@@ -100,6 +101,11 @@ class Case:
     def plain(self) -> bool:
         """A shape and nothing else; means over cases are taken over these."""
         return not self.options.suffix()
+
+    @property
+    def shape_label(self) -> str:
+        """The shape in a few characters, for pictures and tables."""
+        return f"T{self.T} B{self.B} H{self.H}"
 
     @property
     def output_size(self) -> int:
@@ -231,10 +237,26 @@ def _rnn_suite() -> list[Case]:
     return cases
 
 
-SUITES: dict[str, tuple[Case, ...]] = {"rnn": tuple(_rnn_suite())}
+AnyCase = Case | AttentionCase
+RNN_SUITE = tuple(_rnn_suite())
+ATTENTION_SUITE = tuple(attention_suite())
+SUITES: dict[str, tuple[AnyCase, ...]] = {"rnn": RNN_SUITE, "attention": ATTENTION_SUITE}
+LAYERS = (*GATES, "attention", "mha")
 
 
-def select(suite: str, patterns: Iterable[str] = ()) -> list[Case]:
+def from_record(fields: dict[str, Any]) -> AnyCase:
+    """The case behind ``dataclasses.asdict(case)``, also after a trip through JSON."""
+    fields = dict(fields)
+    options = dict(fields.pop("options"))
+    options["probes"] = tuple(options["probes"])
+    if "Hq" not in fields:
+        return Case(**fields, options=CaseOptions(**options))
+    if options["window"] is not None:
+        options["window"] = tuple(options["window"])
+    return AttentionCase(**fields, options=AttentionOptions(**options))
+
+
+def select(suite: str, patterns: Iterable[str] = ()) -> list[AnyCase]:
     """The cases of a suite whose names match any of the globs (all of them without globs).
 
     Raises:

@@ -94,6 +94,8 @@ def _shapes_bytes(case: Case, library: Library) -> int:
 def _main(arguments: list[str]) -> None:
     suite, name, library, question = arguments
     case = select(suite, [name])[0]
+    if not isinstance(case, Case):
+        raise SystemExit(f"{name} is no recurrent layer")
     if library not in ("torch", "fastseq"):
         raise SystemExit(f"unknown library {library!r}")
     chosen: Library = "torch" if library == "torch" else "fastseq"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastseq.bench.cases import GATES
+from fastseq.bench.cases import LAYERS
 from fastseq.bench.runner import TORCH, CaseResult
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def _labelled(results: Sequence[CaseResult], layer: str) -> dict[str, dict[str, 
         # Denormal numbers slow torch down so much that they would flatten all other bars.
         if case.layer != layer or case.options.denormal:
             continue
-        label = f"T{case.T} B{case.B} H{case.H}"
+        label = case.shape_label
         extra = case.options.suffix().strip("-").replace("-", " ")
         if extra:
             label += f"\n{extra}"
@@ -99,7 +99,7 @@ def draw(results: Sequence[CaseResult], machine: dict[str, Any], path: Path) -> 
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    groups = {layer: rows for layer in GATES if (rows := _labelled(results, layer))}
+    groups = {layer: rows for layer in LAYERS if (rows := _labelled(results, layer))}
     speedups = [s for rows in groups.values() for row in rows.values() for s in row.values() if s]
     if not speedups:
         raise ValueError("no case was timed, there is nothing to draw")
@@ -118,7 +118,7 @@ def draw(results: Sequence[CaseResult], machine: dict[str, Any], path: Path) -> 
         handles=handles, loc="outside lower center", ncols=3, frameon=False, labelcolor=_INK
     )
     figure.suptitle(
-        f"Speed-up over torch.nn, {machine['threads']} threads, {machine['cpu']}",
+        f"Speed-up over torch, {machine['threads']} threads, {machine['cpu']}",
         color=_INK,
         fontsize=9,
     )

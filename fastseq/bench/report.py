@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastseq.bench.cases import GATES, Case, CaseOptions
+from fastseq.bench.cases import GATES, LAYERS, Case, from_record
 from fastseq.bench.gate import GateResult, TensorError
 from fastseq.bench.runner import ONNX, OURS, OURS_FUNCTIONAL, TORCH, CaseResult
 from fastseq.bench.timing import Timing
@@ -46,10 +46,7 @@ def from_json(document: dict[str, Any]) -> list[CaseResult]:
         raise ValueError(f"expected a result file of format {FORMAT}")
     results = []
     for record in document["results"]:
-        fields = dict(record["case"])
-        options = dict(fields.pop("options"))
-        options["probes"] = tuple(options["probes"])
-        case = Case(**fields, options=CaseOptions(**options))
+        case = from_record(record["case"])
         gate = GateResult(tuple(TensorError(**error) for error in record["gate"]["errors"]))
         timings = {peer: Timing(**timing) for peer, timing in record["timings"].items()}
         results.append(
@@ -140,7 +137,7 @@ def notes(results: Sequence[CaseResult]) -> list[str]:
             reasons[item] = reasons.get(item, 0) + 1
     for (name, reason), count in reasons.items():
         lines.append(f"skipped {name} in {count} case{'s' if count > 1 else ''}: {reason}")
-    for layer in GATES:
+    for layer in LAYERS:
         for direction in ("inference", "training"):
             ratios = [
                 ratio
@@ -169,14 +166,32 @@ def _functional_note(result: CaseResult) -> str:
 
 def _readme_table(results: Sequence[CaseResult], direction: str) -> str:
     """Speed-up over torch for every plain case, one column per layer, losses in bold."""
-    plain = [r for r in results if r.case.direction == direction and r.case.plain]
-    shapes = sorted({(r.case.T, r.case.B, r.case.H) for r in plain})
-    by_key = {(r.case.layer, r.case.T, r.case.B, r.case.H): r for r in plain}
+    by_key: dict[tuple[str, int, int, int], CaseResult] = {}
+    for result in results:
+        case = result.case
+        if isinstance(case, Case) and case.direction == direction and case.plain:
+            by_key[case.layer, case.T, case.B, case.H] = result
     headings = " | ".join(layer.upper() for layer in GATES)
     lines = [f"| T, B, H | {headings} |", "|---" * (1 + len(GATES)) + "|"]
-    for shape in shapes:
+    for shape in sorted({key[1:] for key in by_key}):
         cells = [_readme_cell(by_key.get((layer, *shape))) for layer in GATES]
         lines.append(f"| {', '.join(map(str, shape))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _readme_attention(results: Sequence[CaseResult]) -> str:
+    """Attention, a line for every shape and option, a column for each direction."""
+    by_key: dict[tuple[str, str], dict[str, CaseResult]] = {}
+    for result in results:
+        case = result.case
+        if not isinstance(case, Case):
+            words = case.options.suffix().strip("-").replace("-", ", ") or "full"
+            label = f"{words}, module" if case.layer == "mha" else words
+            by_key.setdefault((case.shape_label, label), {})[case.direction] = result
+    lines = ["| shape | mask and options | forward | forward and backward |", "|---|---|---|---|"]
+    for (shape, label), found in by_key.items():
+        cells = [_readme_cell(found.get(direction)) for direction in ("inference", "training")]
+        lines.append(f"| {shape} | {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -210,6 +225,7 @@ def fill_markers(text: str, results: Sequence[CaseResult], machine: dict[str, An
     blocks: dict[str, Callable[[], str]] = {
         "inference": lambda: _readme_table(results, "inference"),
         "training": lambda: _readme_table(results, "training"),
+        "attention": lambda: _readme_attention(results),
         "machine": lambda: _readme_machine(machine),
     }
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from fastseq._config import fma_peak_gflops
-from fastseq.bench import onnx_peer
+from fastseq.bench import attention, onnx_peer
 from fastseq.bench.build import BuiltCase, build, functional_call, layer_call
-from fastseq.bench.cases import Case
+from fastseq.bench.cases import AnyCase, Case
 from fastseq.bench.gate import GateResult, check, check_output
 from fastseq.bench.probes import PROBES, ProbeSkippedError
 from fastseq.bench.timing import Timing, interleave
@@ -34,7 +34,7 @@ class CaseResult:
         fma_peak_gflops: What the hardware could do, measured in the same run.
     """
 
-    case: Case
+    case: AnyCase
     gate: GateResult
     timings: dict[str, Timing] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -98,7 +98,7 @@ def peer_calls(built: BuiltCase, result: CaseResult) -> dict[str, Callable[[], o
     return calls
 
 
-def run_case(case: Case, *, suite: str = "rnn", seconds: float = 2.0) -> CaseResult:
+def run_case(case: AnyCase, *, suite: str = "rnn", seconds: float = 2.0) -> CaseResult:
     """Check a case and, if it is right, time it.
 
     Args:
@@ -106,13 +106,22 @@ def run_case(case: Case, *, suite: str = "rnn", seconds: float = 2.0) -> CaseRes
         suite: The suite that holds it; probes that start a process name the case by it.
         seconds: Time to spend on timing all peers, and on each probe that times.
     """
+    if not isinstance(case, Case):
+        built_attention = attention.build(case)
+        result = CaseResult(case, attention.check(built_attention))
+        if result.gate.passed:
+            libraries: dict[str, attention.Library] = {TORCH: "torch", OURS: "fastseq"}
+            calls = {
+                name: attention.timed_call(built_attention, library)
+                for name, library in libraries.items()
+            }
+            _time(result, calls, seconds)
+        return result
     built = build(case)
     result = CaseResult(case, check(built))
     if not result.gate.passed:
         return result
-    result.fma_peak_gflops = fma_peak_gflops(case.dtype)
-    with torch.set_grad_enabled(case.direction == "training"):
-        result.timings = interleave(peer_calls(built, result), seconds=seconds)
+    _time(result, peer_calls(built, result), seconds)
     for name in case.options.probes:
         try:
             result.probes |= PROBES[name](built, suite, seconds)
@@ -121,7 +130,15 @@ def run_case(case: Case, *, suite: str = "rnn", seconds: float = 2.0) -> CaseRes
     return result
 
 
-def run(cases: Iterable[Case], *, suite: str = "rnn", seconds: float = 2.0) -> Iterator[CaseResult]:
+def _time(result: CaseResult, calls: dict[str, Callable[[], object]], seconds: float) -> None:
+    result.fma_peak_gflops = fma_peak_gflops(result.case.dtype)
+    with torch.set_grad_enabled(result.case.direction == "training"):
+        result.timings = interleave(calls, seconds=seconds)
+
+
+def run(
+    cases: Iterable[AnyCase], *, suite: str = "rnn", seconds: float = 2.0
+) -> Iterator[CaseResult]:
     """Run cases one after another, giving out each result as it is ready."""
     for case in cases:
         yield run_case(case, suite=suite, seconds=seconds)

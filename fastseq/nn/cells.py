@@ -81,7 +81,7 @@ class RNNCell(_Cell):
         """
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"nonlinearity must be 'tanh' or 'relu', got {self.nonlinearity!r}")
-        return functional._run_cell(
+        return functional.run_cell(
             f"rnn_{self.nonlinearity}",
             input,
             hx,

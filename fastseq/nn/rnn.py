@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastseq import _checks, functional
+from fastseq import functional
+from fastseq._checks import recurrent as _checks
 from fastseq.functional import Lengths, States
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -50,7 +51,7 @@ class _RecurrentLayers(torch.nn.RNNBase):
         batch_sizes: Tensor | None,
         lengths: Lengths | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return functional._run_layers(
+        return functional.run_layers(
             _MODES[self.mode],
             input,
             h_0,

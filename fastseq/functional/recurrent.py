@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 
-from fastseq import _checks, _ops
+from fastseq import _ops
+from fastseq._checks import recurrent as _checks
 from fastseq.backends import fallback_reason, native, reference, warn_fallback
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
@@ -77,7 +78,7 @@ def lstm(
         TypeError: ``hx`` is not a pair of tensors.
     """
     h_0, c_0 = (None, None) if hx is None else _checks.pair(hx)
-    output, h_n, c_n = _run_layers(
+    output, h_n, c_n = run_layers(
         "lstm",
         input,
         h_0,
@@ -120,7 +121,7 @@ def gru(
     Returns:
         ``output``, shaped as ``input`` with ``D*H`` features, and ``h_n`` ``(L*D, B, H)``.
     """
-    output, h_n, _ = _run_layers(
+    output, h_n, _ = run_layers(
         "gru",
         input,
         hx,
@@ -162,7 +163,7 @@ def rnn(
     Returns:
         ``output``, shaped as ``input`` with ``D*H`` features, and ``h_n`` ``(L*D, B, H)``.
     """
-    output, h_n, _ = _run_layers(
+    output, h_n, _ = run_layers(
         _rnn_kind(nonlinearity),
         input,
         hx,
@@ -188,7 +189,7 @@ def _rnn_kind(nonlinearity: str) -> str:
     return kind
 
 
-def _run_layers(
+def run_layers(
     cell: str,
     input: Tensor,
     hx: Tensor | None,
@@ -349,7 +350,7 @@ def lstm_cell(
         TypeError: ``hx`` is not a pair of tensors.
     """
     h, c = (None, None) if hx is None else _checks.pair(hx, for_cell=True)
-    hidden, cell = _run_cell("lstm", input, h, c, w_ih, w_hh, b_ih, b_hh)
+    hidden, cell = run_cell("lstm", input, h, c, w_ih, w_hh, b_ih, b_hh)
     assert cell is not None
     return hidden, cell
 
@@ -367,7 +368,7 @@ def gru_cell(
     ``w_ih`` is ``(3H, I)`` and ``w_hh`` ``(3H, H)``, gate order reset, update, new; ``hx`` is
     ``(B, H)`` or ``(H)``. Returns ``h'``, shaped as ``hx``. Raises as :func:`lstm_cell` does.
     """
-    return _run_cell("gru", input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+    return run_cell("gru", input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
 
 
 def rnn_cell(
@@ -385,10 +386,10 @@ def rnn_cell(
     ``nonlinearity`` is ``"tanh"`` or ``"relu"``; ``w_ih`` is ``(H, I)``, ``w_hh`` ``(H, H)`` and
     ``hx`` ``(B, H)`` or ``(H)``. Returns ``h'``, shaped as ``hx``. Raises as :func:`lstm_cell`.
     """
-    return _run_cell(_rnn_kind(nonlinearity), input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+    return run_cell(_rnn_kind(nonlinearity), input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
 
 
-def _run_cell(
+def run_cell(
     cell: str,
     input: Tensor,
     hx: Tensor | None,

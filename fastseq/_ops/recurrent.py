@@ -1,12 +1,4 @@
-"""Every op of fastseq: schema, kernel, fake kernel and autograd formula, all of them here.
-
-There are two ways into a layer. Plain tensors in eager mode go straight to the backend, inside an
-``autograd.Function`` when a gradient is wanted: the dispatcher would add several microseconds to
-calls that take as few themselves. Everything else (``torch.compile``, ``torch.export``, fake
-tensors, dispatch modes) meets the registered ops ``fastseq::rnn_forward`` and
-``fastseq::rnn_backward``. ``torch.func`` transforms, forward-mode AD and double backward are
-answered by the reference composite, which is made of differentiable torch operators.
-"""
+"""The ops ``fastseq::rnn_forward`` and ``fastseq::rnn_backward``."""
 
 from __future__ import annotations
 
@@ -15,23 +7,27 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fastseq import _config
 from fastseq._cells import GATES, RESERVE_LAYOUT
+from fastseq._ops.shared import (
+    PLAIN_TYPES,
+    has_lazy_negation,
+    is_watched,
+    library,
+    needs_gradient,
+    or_empty,
+    wants_composite,
+)
 from fastseq.backends import reference
 
 __all__ = ["plain_layer", "rnn_cell", "rnn_layer"]
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]
 
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
-
 # What is not a tensor: (cell, has_biases, proj_size, bidirectional, batch_first).
 Options = tuple[str, bool, int, bool, bool]
 
-_library = torch.library.Library("fastseq", "DEF")
-_library.define(
+library.define(
     "rnn_forward(Tensor input, Tensor? hx, Tensor? cx, Tensor[] weights, "
     "Tensor? batch_sizes, Tensor? lengths, "
     "str cell, bool has_biases, int proj_size, bool bidirectional, bool batch_first, bool save, "
@@ -39,7 +35,7 @@ _library.define(
     "-> (Tensor output, Tensor hy, Tensor cy, Tensor reserve)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
-_library.define(
+library.define(
     "rnn_backward(Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, "
     "Tensor input, Tensor? hx, Tensor? cx, "
     "Tensor[] weights, Tensor output, Tensor reserve, Tensor? batch_sizes, Tensor? lengths, "
@@ -55,10 +51,10 @@ def _cpu() -> Any:
     return cpu
 
 
-# --- kernels. An op returns tensors only: one without elements stands for "none".
+# --- kernels
 
 
-@torch.library.impl(_library, "rnn_forward", "CPU")
+@torch.library.impl(library, "rnn_forward", "CPU")
 def _rnn_forward(
     input: Tensor,
     hx: Tensor | None,
@@ -78,10 +74,10 @@ def _rnn_forward(
     output, hy, cy, reserve = _cpu().rnn_forward(
         input, hx, cx, weights, *options, batch_sizes, lengths, save
     )
-    return output, hy, _or_empty(cy, input), _or_empty(reserve, input)
+    return output, hy, or_empty(cy, input), or_empty(reserve, input)
 
 
-@torch.library.impl(_library, "rnn_backward", "CPU")
+@torch.library.impl(library, "rnn_backward", "CPU")
 def _rnn_backward(
     grad_output: Tensor | None,
     grad_hy: Tensor | None,
@@ -107,21 +103,17 @@ def _rnn_backward(
         *grads, input, hx, cx, weights, output, reserve, *options, batch_sizes, lengths, needs
     )
     return (
-        _or_empty(grad_input, input),
-        _or_empty(grad_hx, input),
-        _or_empty(grad_cx, input),
-        [_or_empty(grad, input) for grad in grad_weights],
+        or_empty(grad_input, input),
+        or_empty(grad_hx, input),
+        or_empty(grad_cx, input),
+        [or_empty(grad, input) for grad in grad_weights],
     )
-
-
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if tensor is None else tensor
 
 
 # --- fake kernels: shapes without values
 
 
-@torch.library.register_fake("fastseq::rnn_forward", lib=_library)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("fastseq::rnn_forward", lib=library)  # type: ignore[untyped-decorator]
 def _rnn_forward_fake(
     input: Tensor,
     hx: Tensor | None,
@@ -157,7 +149,7 @@ def _rnn_forward_fake(
     return output, hy, cy, input.new_empty(elements)
 
 
-@torch.library.register_fake("fastseq::rnn_backward", lib=_library)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("fastseq::rnn_backward", lib=library)  # type: ignore[untyped-decorator]
 def _rnn_backward_fake(
     grad_output: Tensor | None,
     grad_hy: Tensor | None,
@@ -243,7 +235,7 @@ def _backward(
 
 
 torch.library.register_autograd(
-    "fastseq::rnn_forward", _backward, setup_context=_setup_context, lib=_library
+    "fastseq::rnn_forward", _backward, setup_context=_setup_context, lib=library
 )
 
 
@@ -334,28 +326,6 @@ class _RnnLayer(torch.autograd.Function):
 # --- entry points
 
 
-def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _is_watched() -> bool:
-    """A compiler or a dispatch mode wants to see the ops."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-
-
-def _has_lazy_negation(*tensors: Tensor | None) -> bool:
-    """Memory holds the negated values (``z.conj().imag``); the dispatcher resolves that."""
-    return any(tensor is not None and tensor.is_neg() for tensor in tensors)
-
-
-def _wants_composite() -> bool:
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or _config.backend_name() == "reference"
-    )
-
-
 def plain_layer(
     cell: str,
     input: Tensor,
@@ -372,11 +342,11 @@ def plain_layer(
     """
     if (
         torch.is_grad_enabled()
-        or _is_watched()
+        or is_watched()
         or torch._C._is_any_autocast_enabled()
         or torch._C._get_tracing_state()
-        or _wants_composite()
-        or _has_lazy_negation(input, hx, cx)
+        or wants_composite()
+        or has_lazy_negation(input, hx, cx)
     ):
         return None
     return _cpu().plain_layer(cell, input, hx, cx, weights, batch_first)
@@ -400,16 +370,16 @@ def rnn_layer(
     Args and returns: see :func:`fastseq.backends.reference.rnn_layer`.
     """
     options = (cell, has_biases, proj_size, bidirectional, batch_first)
-    plain_type = type(input) in _PLAIN_TYPES
-    if plain_type and not _is_watched() and not _has_lazy_negation(input, hx, cx):
-        if _wants_composite():
+    plain_type = type(input) in PLAIN_TYPES
+    if plain_type and not is_watched() and not has_lazy_negation(input, hx, cx):
+        if wants_composite():
             return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
-        if _needs_gradient((input, hx, cx, *weights)):
+        if needs_gradient((input, hx, cx, *weights)):
             return _RnnLayer.apply(input, hx, cx, batch_sizes, lengths, options, *weights)
         return _cpu().rnn_forward(input, hx, cx, weights, *options, batch_sizes, lengths, False)[:3]
-    if not torch.compiler.is_compiling() and _wants_composite():
+    if not torch.compiler.is_compiling() and wants_composite():
         return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
-    save = _needs_gradient((input, hx, cx, *weights))
+    save = needs_gradient((input, hx, cx, *weights))
     output, hy, cy, _ = torch.ops.fastseq.rnn_forward(
         input, hx, cx, list(weights), batch_sizes, lengths, *options, save, RESERVE_LAYOUT
     )
@@ -435,11 +405,11 @@ def rnn_cell(
             w_ih.new_zeros(w_ih.size(0)) if b_hh is None else b_hh,
         ]
     if (
-        type(input) in _PLAIN_TYPES
-        and not _is_watched()
-        and not _has_lazy_negation(input, hx, cx)
-        and not _wants_composite()
-        and not _needs_gradient((input, hx, cx, *tensors))
+        type(input) in PLAIN_TYPES
+        and not is_watched()
+        and not has_lazy_negation(input, hx, cx)
+        and not wants_composite()
+        and not needs_gradient((input, hx, cx, *tensors))
     ):
         return _cpu().rnn_cell(input, hx, cx, tensors, cell, has_biases)
     _, hy, cy = rnn_layer(

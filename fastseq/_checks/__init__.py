@@ -1,0 +1,1 @@
+"""Argument checks: what torch raises for bad arguments, before any kernel runs."""

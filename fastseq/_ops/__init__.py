@@ -1,0 +1,18 @@
+"""Every op of fastseq: schema, kernel, fake kernel and autograd formula, all of them here.
+
+There are two ways into a kernel. Plain tensors in eager mode go straight to the backend, inside an
+``autograd.Function`` when a gradient is wanted: the dispatcher would add several microseconds to
+calls that take as few themselves. Everything else (``torch.compile``, ``torch.export``, fake
+tensors, dispatch modes) meets the registered ops ``fastseq::rnn_forward``,
+``fastseq::attention_forward`` and their ``_backward``. ``torch.func`` transforms, forward-mode AD
+and double backward are answered by the reference composites, which are made of differentiable torch
+operators.
+"""
+
+from __future__ import annotations
+
+from fastseq._ops.attention import attention, plain_attention
+from fastseq._ops.recurrent import plain_layer, rnn_cell, rnn_layer
+from fastseq._ops.shared import library
+
+__all__ = ["attention", "library", "plain_attention", "plain_layer", "rnn_cell", "rnn_layer"]

@@ -1,0 +1,39 @@
+"""Layers and attention as functions: argument checks and layout, no maths.
+
+The functions mirror what :mod:`torch.nn` runs under its modules, with weights passed as torch lays
+them out, and :func:`torch.nn.functional.scaled_dot_product_attention`.
+"""
+
+from __future__ import annotations
+
+from fastseq.functional.attention import attention, attention_paged, attention_varlen
+from fastseq.functional.recurrent import (
+    Lengths,
+    States,
+    gru,
+    gru_cell,
+    lstm,
+    lstm_cell,
+    rnn,
+    rnn_cell,
+    run_cell,
+    run_layers,
+)
+from fastseq.functional.scaled_dot_product import scaled_dot_product_attention
+
+__all__ = [
+    "Lengths",
+    "States",
+    "attention",
+    "attention_paged",
+    "attention_varlen",
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "rnn",
+    "rnn_cell",
+    "run_cell",
+    "run_layers",
+    "scaled_dot_product_attention",
+]

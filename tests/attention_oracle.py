@@ -1,0 +1,263 @@
+"""What attention must compute: the composite of torch operators, in float64 on the same values.
+
+A :class:`Case` describes one call. ``run(case, backend, dtype)`` makes that call on either backend
+and returns every output and every gradient by name, as float64 tensors; both meet the same
+arguments, down to strides, the same dropout seed and the same weights for the loss.
+
+The bound is that of ``oracle.py``, with the composite in float32 (torch's own products,
+exponentials and sums) as the peer: at most 1.5 times its distance from the float64 result plus 4
+units. That the composite is right is another test's business: ``test_attention_reference.py`` holds
+it against torch's function and against attention written out pair by pair.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from typing import Any
+
+import torch
+from oracle import bound, every_tier, strided
+from torch import Tensor
+
+import fastseq
+from fastseq import functional
+
+NUDGES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of attention and of its backward."""
+
+    dtype: str = "float32"
+    layout: str = "padded"  # or varlen
+    batch: int = 2
+    kv_heads: int = 2
+    group: int = 1
+    queries: int = 7
+    keys: int = 9
+    size: int = 8
+    value_size: int = 8
+    causal: bool = False
+    bottom_right: bool = False
+    window: tuple[int, int] | None = None
+    mask: str = ""  # which of the four dimensions are not broadcast, as in "bhqk", "qk", "k"
+    bias: str = ""
+    bias_grad: bool = True
+    padding: bool = False
+    lengths: str = ""  # "q", "k" or "qk"
+    alibi: str = ""  # "h" or "bh"
+    softcap: float | None = None
+    sinks: bool = False
+    dropout: float = 0.0
+    weights: str = ""  # "heads" or "mean": also returned
+    strides: str = "contiguous"  # or transposed, expanded, every_other, offset
+    magnitude: float = 1.0  # of the queries
+
+    @property
+    def heads(self) -> int:
+        return self.kv_heads * self.group
+
+    def __str__(self) -> str:
+        plain = Case()
+        changed = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != getattr(plain, field.name):
+                changed.append(f"{field.name}={value}".replace(" ", ""))
+        return "-".join(changed) or "plain"
+
+
+def _sequence_lengths(generator: torch.Generator, count: int, most: int) -> list[int]:
+    """From none to all, both of them met where there are sequences enough."""
+    lengths = torch.randint(0, most + 1, (count,), generator=generator).tolist()
+    lengths[0] = most
+    return lengths
+
+
+def _table(case: Case, dims: str, draw: Any) -> Tensor:
+    sizes = {"b": case.batch, "h": case.heads, "q": case.queries, "k": case.keys}
+    return draw(*(size if name in dims else 1 for name, size in sizes.items()))
+
+
+def arguments(
+    case: Case, dtype: torch.dtype, nudge: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Any], torch.Generator]:
+    """Leaves by name, the call's other arguments, the generator of the loss's weights.
+
+    A ``nudge`` other than 0 moves every value by one float32 unit, up or down.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+    moves = torch.Generator().manual_seed(nudge)
+
+    def values(*shape: int, scale: float = 1.0) -> Tensor:
+        drawn = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+        if nudge:
+            signs = torch.randint(0, 2, shape, generator=moves) * 2 - 1
+            drawn = drawn * (1 + signs * torch.finfo(torch.float32).eps)
+        return drawn.float().double() if case.dtype == "float32" else drawn
+
+    def bools(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator) < 0.7
+
+    def heads(count: int, rows: int, size: int, scale: float = 1.0) -> Tensor:
+        drawn = values(case.batch, count, rows, size, scale=scale)
+        if case.strides == "transposed":  # as torch.nn.MultiheadAttention holds them
+            leaf = drawn.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        elif case.strides == "expanded":
+            leaf = drawn[:, :1].to(dtype).expand(drawn.shape)
+        else:
+            return strided(drawn, case.strides, dtype)
+        return leaf.detach().requires_grad_()
+
+    others: dict[str, Any] = {
+        "causal": case.causal,
+        "bottom_right": case.bottom_right,
+        "window": case.window,
+        "softcap": case.softcap,
+        "dropout_p": case.dropout,
+    }
+    if case.layout == "varlen":
+        leaves, starts = _rows(case, values, dtype, generator)
+        others |= starts
+    else:
+        leaves = {
+            "query": heads(case.heads, case.queries, case.size, case.magnitude),
+            "key": heads(case.kv_heads, case.keys, case.size),
+            "value": heads(case.kv_heads, case.keys, case.value_size),
+        }
+    if case.bias:
+        bias = _table(case, case.bias, values)
+        leaves["bias"] = bias.to(dtype).requires_grad_(case.bias_grad)
+    if case.sinks:
+        leaves["sinks"] = values(case.heads).to(dtype).requires_grad_()
+    if case.mask:
+        others["mask"] = _table(case, case.mask, bools)
+    if case.padding:
+        others["key_padding_mask"] = ~bools(case.batch, case.keys)
+    for name, letter, most in (("query", "q", case.queries), ("key", "k", case.keys)):
+        if letter in case.lengths:
+            others[f"{name}_lengths"] = _sequence_lengths(generator, case.batch, most)
+    if case.alibi:
+        shape = (case.heads,) if case.alibi == "h" else (case.batch, case.heads)
+        others["alibi_slopes"] = values(*shape).abs().to(dtype)
+    if case.weights:
+        others |= {"return_weights": True, "average_weights": case.weights == "mean"}
+    return leaves, others, generator
+
+
+def _rows(
+    case: Case, values: Any, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    starts, totals = {}, {}
+    for name, most in (("query", case.queries), ("key", case.keys)):
+        lengths = torch.tensor(_sequence_lengths(generator, case.batch, most))
+        starts[f"{name}_starts"] = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        totals[name] = int(lengths.sum())
+
+    def rows(total: int, count: int, size: int, scale: float = 1.0) -> Tensor:
+        return strided(values(total, count, size, scale=scale), case.strides, dtype)
+
+    leaves = {
+        "query": rows(totals["query"], case.heads, case.size, case.magnitude),
+        "key": rows(totals["key"], case.kv_heads, case.size),
+        "value": rows(totals["key"], case.kv_heads, case.value_size),
+    }
+    return leaves, starts
+
+
+def outputs_of(case: Case, leaves: dict[str, Tensor], others: dict[str, Any]) -> dict[str, Tensor]:
+    torch.manual_seed(3)  # the dropout's seed is drawn from torch's generator
+    function = functional.attention_varlen if case.layout == "varlen" else functional.attention
+    names = ["output", "lse", *(["weights"] if case.weights else [])]
+    return dict(zip(names, function(**leaves, **others, return_lse=True), strict=True))
+
+
+def run(case: Case, backend: str, dtype: torch.dtype, nudge: int = 0) -> dict[str, Tensor]:
+    """Every output and gradient of the case by name, in float64."""
+    leaves, others, generator = arguments(case, dtype, nudge)
+    with fastseq.backend(backend):
+        outputs = outputs_of(case, leaves, others)
+        cotangents = {
+            name: torch.randn(output.shape, generator=generator, dtype=torch.float64).to(dtype)
+            for name, output in outputs.items()
+        }
+        # The weights' gradient goes by way of the composite; it is tested where it is the subject.
+        scored = [name for name in outputs if name != "weights"]
+        wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        gradients = torch.autograd.grad(
+            [outputs[name] for name in scored],
+            list(wanted.values()),
+            [cotangents[name] for name in scored],
+        )
+    assert all(t.dtype is dtype for t in (*outputs.values(), *gradients))
+    results = outputs | {f"grad_{name}": g for name, g in zip(wanted, gradients, strict=True)}
+    return {name: tensor.detach().double() for name, tensor in results.items()}
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference; equal infinities are no difference, a lone NaN is all of it."""
+    if not a.numel():
+        return 0.0
+    apart = torch.where(a == b, 0.0, (a - b).abs())
+    return math.inf if bool(apart.isnan().any()) else float(apart.max())
+
+
+def magnitude(tensor: Tensor) -> float:
+    finite = tensor[tensor.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def expected(case: Case) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The float64 result and, by name, how far from it the kernels may be."""
+    truth = run(case, "reference", torch.float64)
+    sister = dataclasses.replace(case, dtype="float32")
+    errors = dict.fromkeys(truth, 0.0)
+    for nudge in range(NUDGES):
+        exact = truth
+        if nudge or case.dtype == "float64":
+            exact = run(sister, "reference", torch.float64, nudge)
+        rounded = run(sister, "reference", torch.float32, nudge)
+        for name in errors:
+            errors[name] = max(errors[name], distance(rounded[name], exact[name]))
+    return truth, {
+        name: bound(getattr(torch, case.dtype), errors[name], magnitude(value))
+        for name, value in truth.items()
+    }
+
+
+def check(case: Case) -> None:
+    """Run the case on every tier with 1 and 2 threads and hold it against :func:`expected`.
+
+    The bits must not depend on the number of threads, nor on whether autograd records.
+    """
+    truth, bounds = expected(case)
+    dtype = getattr(torch, case.dtype)
+    leaves, others, _ = arguments(case, dtype)
+    before: tuple[str, dict[str, Tensor]] = ("", {})
+    for tier in every_tier():
+        results = run(case, "cpu", dtype)
+        compare(results, truth, bounds, tier)
+        with torch.no_grad():
+            inferred = outputs_of(case, leaves, others)
+        for name, output in inferred.items():
+            assert distance(output.double(), results[name]) == 0, f"{name} {tier}: no_grad differs"
+        isa = tier.split(",")[0]
+        if isa == before[0]:
+            for name, value in results.items():
+                same = torch.equal(value, before[1][name])
+                assert same, f"{name} {tier}: bits depend on the threads"
+        before = isa, results
+
+
+def compare(
+    actual: dict[str, Tensor], truth: dict[str, Tensor], bounds: dict[str, float], tier: str = ""
+) -> None:
+    assert actual.keys() == truth.keys()
+    for name, value in truth.items():
+        assert actual[name].shape == value.shape, name
+        error = distance(actual[name], value)
+        # NaN fails here, too.
+        assert error <= bounds[name], f"{name} {tier}: error {error:.3e}, bound {bounds[name]:.3e}"
