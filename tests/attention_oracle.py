@@ -18,7 +18,7 @@ import zlib
 from typing import Any
 
 import torch
-from oracle import bound, every_tier, strided
+from oracle import FREE_UNITS, bound, every_tier, strided
 from torch import Tensor
 
 import fastseq
@@ -243,7 +243,8 @@ def score_units(case: Case, name: str, sister: Case) -> float:
         return 0.0
     leaves, _, _ = arguments(sister, torch.float64)
     # Sums over Ev of products of two values of size one.
-    grad_weight = 3 * case.value_size**0.5 * float(leaves["value"].detach().std())
+    value = float(leaves["value"].detach().square().mean().sqrt())
+    grad_weight = FREE_UNITS * case.value_size**0.5 * value
     return grad_weight * float(leaves[factor].detach().abs().max()) / case.size**0.5
 
 
