@@ -43,12 +43,14 @@ enum class Walk { rows, columns };
 
 // c[R][panel_width] = init + A * panel. init_stride 0 repeats one row (a bias). The sum starts from zero and init is added
 // last: its cache lines arrive behind the loop, and partial sums of similar size lose fewer digits.
-// Weights are asked for prefetch_turns early. From L3, 14 rows, one core of a noisy Cascade Lake (peak 153 GFLOP/s): 141
-// and 136 with, 131 and 122 without, in two runs; from L2 no difference beyond the noise.
+// Weights are asked for prefetch_turns early, which makes weights from L3 nearly as fast as from L2. Where the multiply-add
+// broadcasts by itself, some rows leave it that: 48 instructions per turn of 14 rows leave the decoder little slack, fewer
+// give it some, and too many such rows would run out of load ports instead.
 template <class T, Walk walk, int R>
 FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int64_t depth, const T* init, int64_t init_stride,
                       T* c, int64_t c_stride) {
-  constexpr int64_t prefetch_turns = 8;
+  constexpr int64_t prefetch_turns = 32;
+  constexpr int plain_rows = broadcasts_in_multiply_add ? R - R * 2 / 7 : R;
   constexpr int64_t row_step = walk == Walk::rows ? block_stride<T> : 1;
   constexpr int64_t k_step = walk == Walk::rows ? 1 : block_stride<T>;
   Vec<T> sum[R][2] = {};
@@ -57,16 +59,28 @@ FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int
     __builtin_prefetch(init + r * init_stride);
     __builtin_prefetch(init + r * init_stride + lanes<T>);
   }
-  for (int64_t k = 0; k < depth; ++k, a += k_step, panel += panel_width<T>) {
+  auto turn = [&]() __attribute__((always_inline)) {
     Vec<T> w0 = load(panel), w1 = load(panel + lanes<T>);
     __builtin_prefetch(panel + prefetch_turns * panel_width<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
+      if (r >= plain_rows) {
+        sum[r][0] = multiply_add_scalar(a + r * row_step, w0, sum[r][0]);
+        sum[r][1] = multiply_add_scalar(a + r * row_step, w1, sum[r][1]);
+        continue;
+      }
       Vec<T> value = broadcast(a[r * row_step]);
       sum[r][0] = fused_multiply_add(value, w0, sum[r][0]);
       sum[r][1] = fused_multiply_add(value, w1, sum[r][1]);
     }
+    a += k_step;
+    panel += panel_width<T>;
+  };
+  for (int64_t k = depth / 2; k > 0; --k) {
+    turn();
+    turn();
   }
+  if (depth % 2) turn();
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     store(c + r * c_stride, sum[r][0] + load(init + r * init_stride));
@@ -170,32 +184,42 @@ FS_INLINE BlockedRow<T> plain_row(const T* data) {
 }
 
 // lanes<T> dot products with W's rows in place, for a single row of A: nothing is packed, every weight is read once.
-// Result lane j is init lane j + W[row + j] . a; lanes past valid_rows are zero.
+// Result lane j is init lane j + W[row + j] . a; lanes past valid_rows are zero. Half of the rows at a time, two vectors along
+// each: the pointers to all rows at once do not fit the integer registers.
 template <class T>
 FS_INLINE Vec<T> dot_rows(const T* w /* [valid_rows, depth], row stride depth */, int64_t valid_rows, BlockedRow<T> a,
                           int64_t depth, Vec<T> init) {
-  constexpr int L = lanes<T>;
-  const T* row[L];
-#pragma GCC unroll 16
-  for (int j = 0; j < L; ++j) row[j] = w + (j < valid_rows ? j : valid_rows - 1) * depth;
-  Vec<T> sum[L] = {};
-  const T* block = a.data;
-  for (int64_t first = 0; first < depth; first += block_depth<T>, block += a.block_step) {
-    int64_t last = minimum(depth, first + block_depth<T>);
-    const T* value_at = block - first;
-    int64_t k = first;
-    for (; k + L <= last; k += L) {
-      Vec<T> value = load(value_at + k);
-#pragma GCC unroll 16
-      for (int j = 0; j < L; ++j) sum[j] = fused_multiply_add(load(row[j] + k), value, sum[j]);
+  constexpr int L = lanes<T>, half = L / 2;
+  Vec<T> sums[L];
+#pragma GCC unroll 2
+  for (int first_row = 0; first_row < L; first_row += half) {
+    const T* row[half];
+#pragma GCC unroll 8
+    for (int j = 0; j < half; ++j) row[j] = w + minimum(first_row + j, valid_rows - 1) * depth;
+    Vec<T> even[half] = {}, odd[half] = {};
+    const T* block = a.data;
+    for (int64_t first = 0; first < depth; first += block_depth<T>, block += a.block_step) {
+      int64_t last = minimum(depth, first + block_depth<T>);
+      const T* value_at = block - first;
+      int64_t k = first;
+      for (; k + 2 * L <= last; k += 2 * L) {
+        Vec<T> value = load(value_at + k), other = load(value_at + k + L);
+#pragma GCC unroll 8
+        for (int j = 0; j < half; ++j) {
+          even[j] = fused_multiply_add(load(row[j] + k), value, even[j]);
+          odd[j] = fused_multiply_add(load(row[j] + k + L), other, odd[j]);
+        }
+      }
+      for (; k < last; k += L) {
+        Vec<T> value = load_partial(value_at + k, last - k);
+#pragma GCC unroll 8
+        for (int j = 0; j < half; ++j) even[j] = fused_multiply_add(load_partial(row[j] + k, last - k), value, even[j]);
+      }
     }
-    if (k < last) {
-      Vec<T> value = load_partial(value_at + k, last - k);
-#pragma GCC unroll 16
-      for (int j = 0; j < L; ++j) sum[j] = fused_multiply_add(load_partial(row[j] + k, last - k), value, sum[j]);
-    }
+#pragma GCC unroll 8
+    for (int j = 0; j < half; ++j) sums[first_row + j] = even[j] + odd[j];
   }
-  Vec<T> total = transpose_add<T, 1, L>(sum) + init;
+  Vec<T> total = transpose_add<T, 1, L>(sums) + init;
   for (int64_t j = valid_rows; j < L; ++j) total[j] = 0;
   return total;
 }

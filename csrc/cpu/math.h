@@ -78,9 +78,13 @@ FS_INLINE ReducedExp<T> reduce_exp(Vec<T> x) {
   Vec<T> n = shifted - broadcast<T>(C::round_magic);
   Vec<T> r = fused_negate_multiply_add(n, broadcast<T>(C::ln2_high), x);
   r = fused_negate_multiply_add(n, broadcast<T>(C::ln2_low), r);
-  Vec<T> q = broadcast<T>(C::q[C::degree]);
-  for (int i = C::degree - 1; i >= 0; --i) q = fused_multiply_add(q, r, broadcast<T>(C::q[i]));
-  Vec<T> p = fused_multiply_add(r * r, q, r);
+  // In pairs of coefficients: half as long a chain as one by one, and a cell update waits for chains.
+  static_assert(C::degree % 2 == 1);
+  auto pair = [r](int i) { return fused_multiply_add(broadcast<T>(C::q[i + 1]), r, broadcast<T>(C::q[i])); };
+  Vec<T> square = r * r, q = pair(C::degree - 1);
+#pragma GCC unroll 8
+  for (int i = C::degree - 3; i >= 0; i -= 2) q = fused_multiply_add(q, square, pair(i));
+  Vec<T> p = fused_multiply_add(square, q, r);
   // The low mantissa bits of `shifted` hold n; moved up into the exponent they make 2^n.
   IntVec<T> exponent = (IntVec<T>)shifted << C::mantissa_bits;
   IntVec<T> one = (IntVec<T>)broadcast<T>(1);
@@ -94,7 +98,10 @@ struct Math {
 
   static FS_INLINE Value constant(T value) { return broadcast<T>(value); }
   static FS_INLINE Value fused_multiply_add(Value a, Value b, Value c) { return FS_ISA::fused_multiply_add(a, b, c); }
-  static FS_INLINE Value fused_negate_multiply_add(Value a, Value b, Value c) { return FS_ISA::fused_multiply_add(-a, b, c); }
+  static FS_INLINE Value fused_negate_multiply_add(Value a, Value b, Value c) {
+    return FS_ISA::fused_negate_multiply_add(a, b, c);
+  }
+  static FS_INLINE Value minus_magnitude(Value x) { return (Value)((IntVec<T>)x | (IntVec<T>)broadcast<T>(T(-0.0))); }
 
   static FS_INLINE Value exp(Value x) {
     Value overflow = broadcast<T>(C::overflow), underflow = broadcast<T>(C::underflow);
@@ -126,10 +133,9 @@ struct Math {
 
   // 1 / (1 + exp(-x)) from exp(-|x|), which never overflows and keeps the small side exact to the last digits.
   static FS_INLINE Value sigmoid(Value x) {
-    Value negative = x < broadcast<T>(0) ? x : -x;
+    Value negative = minus_magnitude(x);
     Value underflow = broadcast<T>(C::underflow);
-    Value clamped = negative < underflow ? underflow : negative;
-    ReducedExp<T> reduced = reduce_exp<T>(clamped);
+    ReducedExp<T> reduced = reduce_exp<T>(at_least(negative, underflow));
     Value e = FS_ISA::fused_multiply_add(reduced.scale, reduced.p, reduced.scale);
     e = negative < underflow ? broadcast<T>(0) : e;
     Value one = broadcast<T>(1);
@@ -138,11 +144,8 @@ struct Math {
 
   // -expm1(-2|x|) / (2 + expm1(-2|x|)), with the sign of x put back.
   static FS_INLINE Value tanh(Value x) {
-    Value doubled = x < broadcast<T>(0) ? x + x : -(x + x);
     // tanh rounds to 1 long before this; the clamp keeps 2^n normal.
-    Value floor = broadcast<T>(-64);
-    doubled = doubled < floor ? floor : doubled;
-    ReducedExp<T> reduced = reduce_exp<T>(doubled);
+    ReducedExp<T> reduced = reduce_exp<T>(at_least(minus_magnitude(x + x), broadcast<T>(-64)));
     Value one = broadcast<T>(1);
     Value expm1 = FS_ISA::fused_multiply_add(reduced.scale, reduced.p, reduced.scale - one);
     Value magnitude = expm1 / (expm1 + broadcast<T>(2));

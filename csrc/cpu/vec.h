@@ -106,9 +106,68 @@ FS_INLINE Vec<double> fused_multiply_add(Vec<double> a, Vec<double> b, Vec<doubl
   return a * b + c;
 #endif
 }
-template <class V>
-FS_INLINE V fused_negate_multiply_add(V a, V b, V c) {
+// sum + *scalar * b with the scalar broadcast inside the multiply-add itself: one instruction fewer through the decoder, one
+// more load. The compiler would merge several such loads of one scalar into a broadcast, hence the assembler.
+#if defined(__AVX512F__)
+inline constexpr bool broadcasts_in_multiply_add = true;
+FS_INLINE Vec<float> multiply_add_scalar(const float* scalar, Vec<float> b, Vec<float> sum) {
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*scalar));
+  return sum;
+}
+FS_INLINE Vec<double> multiply_add_scalar(const double* scalar, Vec<double> b, Vec<double> sum) {
+  asm("vfmadd231pd %2%{1to8%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*scalar));
+  return sum;
+}
+#else
+inline constexpr bool broadcasts_in_multiply_add = false;
+template <class T>
+FS_INLINE Vec<T> multiply_add_scalar(const T* scalar, Vec<T> b, Vec<T> sum) {
+  return fused_multiply_add(broadcast(*scalar), b, sum);
+}
+#endif
+
+FS_INLINE Vec<float> fused_negate_multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec<float>)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
   return fused_multiply_add(-a, b, c);
+#endif
+}
+FS_INLINE Vec<double> fused_negate_multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_fnmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (Vec<double>)_mm256_fnmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return fused_multiply_add(-a, b, c);
+#endif
+}
+
+// value < floor ? floor : value; a NaN in value stays. On x86 that is the maximum with the operands in this order. (Masked with
+// all lanes, because GCC 12 warns of its own header's plain form.)
+FS_INLINE Vec<float> at_least(Vec<float> value, Vec<float> floor) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_mask_max_ps((__m512)value, 0xffff, (__m512)floor, (__m512)value);
+#elif defined(__AVX__)
+  return (Vec<float>)_mm256_max_ps((__m256)floor, (__m256)value);
+#elif defined(__SSE2__)
+  return (Vec<float>)_mm_max_ps((__m128)floor, (__m128)value);
+#else
+  return value < floor ? floor : value;
+#endif
+}
+FS_INLINE Vec<double> at_least(Vec<double> value, Vec<double> floor) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_mask_max_pd((__m512d)value, 0xff, (__m512d)floor, (__m512d)value);
+#elif defined(__AVX__)
+  return (Vec<double>)_mm256_max_pd((__m256d)floor, (__m256d)value);
+#elif defined(__SSE2__)
+  return (Vec<double>)_mm_max_pd((__m128d)floor, (__m128d)value);
+#else
+  return value < floor ? floor : value;
+#endif
 }
 
 // Lane i of the result is the sum of the lanes of rows[i]: log2(lanes) rounds of pairwise adds, a fixed order.
