@@ -20,6 +20,7 @@ def connect(
     parameter_type: type,
     empty_like_function: Callable[[Tensor], Tensor],
     float64_type: torch.dtype,
+    is_grad_enabled_function: Callable[[], bool],
 ) -> None: ...
 def plain_layer(
     cell: int,

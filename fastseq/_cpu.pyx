@@ -201,14 +201,16 @@ cdef object Tensor = None
 cdef object Parameter = None
 cdef object empty_like = None
 cdef object float64 = None
+cdef object is_grad_enabled = None
 
 
-def connect(capsule, tensor_type, parameter_type, empty_like_function, float64_type):
-    """Make `plain_layer` available. `capsule` is torch.Tensor.__dlpack_c_exchange_api__."""
-    global exchange, Tensor, Parameter, empty_like, float64
+def connect(capsule, tensor_type, parameter_type, empty_like_function, float64_type, is_grad_enabled_function):
+    """Make `plain_layer` and `plain_attention` available. `capsule` is torch.Tensor.__dlpack_c_exchange_api__."""
+    global exchange, Tensor, Parameter, empty_like, float64, is_grad_enabled
     if not PyCapsule_IsValid(capsule, b"dlpack_exchange_api"):
         return
     Tensor, Parameter, empty_like, float64 = tensor_type, parameter_type, empty_like_function, float64_type
+    is_grad_enabled = is_grad_enabled_function
     table = <const DLPackExchangeAPI*>PyCapsule_GetPointer(capsule, b"dlpack_exchange_api")
     if table.version.major == 1:
         exchange = table

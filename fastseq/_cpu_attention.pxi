@@ -182,6 +182,11 @@ def plain_attention(int threads, query, key, value, bint causal, bint grouped, s
     if (not describe_heads(query, &q, &call.query) or not describe_heads(key, &k, &call.key)
             or not describe_heads(value, &v, &call.value)):
         return None
+    # Recording autograd and lazily negated memory are for others.
+    if is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return None
+    if query.is_neg() or key.is_neg() or value.is_neg():
+        return None
     cdef int64_t batch = q.shape[0], heads = q.shape[1], queries = q.shape[2], size = q.shape[3]
     cdef int64_t kv_heads = k.shape[1], keys = k.shape[2], value_size = v.shape[3]
     if (k.shape[0] != batch or v.shape[0] != batch or v.shape[1] != kv_heads or v.shape[2] != keys or k.shape[3] != size

@@ -18,7 +18,7 @@ import zlib
 from typing import Any
 
 import torch
-from oracle import bound, every_tier, strided
+from oracle import FREE_UNITS, bound, every_tier, strided
 from torch import Tensor
 
 import fastseq
@@ -222,10 +222,30 @@ def expected(case: Case) -> tuple[dict[str, Tensor], dict[str, float]]:
         rounded = run(sister, "reference", torch.float32, nudge)
         for name in errors:
             errors[name] = max(errors[name], distance(rounded[name], exact[name]))
+    unit = torch.finfo(getattr(torch, case.dtype)).eps
     return truth, {
         name: bound(getattr(torch, case.dtype), errors[name], magnitude(value))
+        + (unit * score_units(case, name, sister) if name.startswith("grad_") else 0.0)
         for name, value in truth.items()
     }
+
+
+def score_units(case: Case, name: str, sister: Case) -> float:
+    """What a unit of the gradient of a weight amounts to in a gradient behind the softmax.
+
+    The gradient of a score is ``P (dP - mean of dP)``. Where a row sees one key only, or one score
+    is far above the others, both terms are the same number; the composite, which averages the very
+    dP it subtracts from, then finds exactly zero. The kernels find the mean as ``output . dO``,
+    which is as exact but rounded elsewhere: what is left is a unit of ``dP``.
+    """
+    factor = {"grad_query": "key", "grad_key": "query"}.get(name)
+    if factor is None or not (case.keys == 1 or case.magnitude > 1):
+        return 0.0
+    leaves, _, _ = arguments(sister, torch.float64)
+    # Sums over Ev of products of two values of size one.
+    value = float(leaves["value"].detach().square().mean().sqrt())
+    grad_weight = FREE_UNITS * case.value_size**0.5 * value
+    return grad_weight * float(leaves[factor].detach().abs().max()) / case.size**0.5
 
 
 def check(case: Case) -> None:

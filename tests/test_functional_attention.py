@@ -177,8 +177,9 @@ def test_results_in_order() -> None:
     alone = functional.attention(q, q, q)
     with_lse = functional.attention(q, q, q, return_lse=True)
     _, mean = functional.attention(q, q, q, return_weights=True, average_weights=True)
-    assert torch.equal(alone, output)
-    assert torch.equal(with_lse[1], lse)
+    # Which results are asked for may decide between two ways through the kernel.
+    torch.testing.assert_close(alone, output)
+    torch.testing.assert_close(with_lse[1], lse)
     torch.testing.assert_close(mean, weights.mean(1))
 
 
@@ -186,8 +187,8 @@ def test_one_sequence_without_a_batch() -> None:
     q, mask = torch.randn(3, 5, 8), torch.rand(3, 5, 5) < 0.7
     single = functional.attention(q, q, q, mask=mask, return_lse=True, return_weights=True)
     batched = functional.attention(q[None], q[None], q[None], mask=mask, return_lse=True)
-    assert torch.equal(single[0], batched[0][0])
-    assert torch.equal(single[1], batched[1][0])
+    torch.testing.assert_close(single[0], batched[0][0])
+    torch.testing.assert_close(single[1], batched[1][0])
     assert single[2].shape == (3, 5, 5)
     padding = torch.tensor([False, False, True, False, True])
     found = functional.attention(q, q, q, key_padding_mask=padding)

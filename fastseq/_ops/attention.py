@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from fastseq import _config
 from fastseq._attention import WEIGHTS_MEAN, WEIGHTS_NONE, WEIGHTS_PER_HEAD, Options, Terms
 from fastseq._ops.shared import (
     PLAIN_TYPES,
@@ -56,6 +58,10 @@ library.define(
 )
 
 _backend: Any = None
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_get_tracing_state = torch._C._get_tracing_state
+_are_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def _cpu() -> Any:
@@ -383,16 +389,16 @@ def plain_attention(
     4-D tensors, no options but causal, no gradients, nobody watching. ``None`` whenever the
     call is not as plain as that or its arguments do not fit.
     """
+    # One test after the other without a function around them: together they are what the call has
+    # to spend. The kernels' side looks at the tensors.
     if (
-        (
-            torch.is_grad_enabled()
-            and (query.requires_grad or key.requires_grad or value.requires_grad)
-        )
-        or is_watched()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._get_tracing_state()
-        or wants_composite()
-        or has_lazy_negation(query, key, value)
+        torch.compiler.is_compiling()
+        or _dispatch_modes() > 0
+        or _is_any_autocast_enabled()
+        or _get_tracing_state()
+        or _are_transforms_active()
+        or forward_ad._current_level >= 0
+        or _config._backend != "cpu"
     ):
         return None
     result: Tensor | None = _cpu().plain_attention(query, key, value, is_causal, enable_gqa, scale)

@@ -45,6 +45,7 @@ _kernels.connect(
     torch.nn.Parameter,
     torch.empty_like,
     torch.float64,
+    torch.is_grad_enabled,
 )
 _plain_layer = _kernels.plain_layer
 

@@ -56,13 +56,7 @@ def scaled_dot_product_attention(
         IndexError: ``attn_mask`` has fewer than 2 dimensions.
         TypeError: an argument has the wrong type.
     """
-    if (
-        attn_mask is None
-        and not dropout_p
-        and isinstance(query, Tensor)
-        and isinstance(key, Tensor)
-        and isinstance(value, Tensor)
-    ):
+    if attn_mask is None and dropout_p == 0.0:
         result = _ops.plain_attention(query, key, value, is_causal, enable_gqa, scale)
         if result is not None:
             return result
