@@ -12,7 +12,7 @@ import fastseq
 from fastseq import _config
 
 DTYPES = {"float32": 0, "float64": 1}
-# Measured over all float32 patterns: 0.95, 2.47, 2.15 units. The project promises 4.
+# Measured over every 97th float32 pattern: 0.99, 2.49, 2.33 units. The project promises 4.
 LARGEST_UNITS = 3
 # 2^32 / 977 is 4.4 million patterns; 977 is prime, so that every exponent meets many mantissas.
 STRIDE = 977

@@ -13,8 +13,9 @@ struct AttentionDecode {
   using V = Vec<T>;
   static constexpr int64_t W = panel_width<T>;
   static constexpr int L = lanes<T>;
-  static constexpr int64_t most_rows = 8;                          // of all query heads that share keys
-  static constexpr int64_t wanted_pieces = 16, fewest_keys = 256;  // of a split
+  static constexpr int64_t most_rows = 8;                           // of all query heads that share keys
+  static constexpr int64_t score_stride = round_up(key_block, 64);  // of a row of scores: whole vectors
+  static constexpr int64_t wanted_pieces = 16, fewest_keys = 256;   // of a split
 
   // What one split knows about the rows of one key head.
   struct Partial {
@@ -38,7 +39,7 @@ struct AttentionDecode {
 
   static bool applies(const fastseq_attention_forward& call) {
     const fastseq_attention_shape& shape = call.shape;
-    return shape.kv_heads > 0 && shape.heads / shape.kv_heads * shape.queries <= most_rows && shape.dropout == 0 &&
+    return shape.kv_heads > 0 && shape.heads / shape.kv_heads * shape.queries <= minimum(most_rows, W) && shape.dropout == 0 &&
            !call.weights.data && !shape.query_lengths;
   }
 
@@ -58,7 +59,7 @@ struct AttentionDecode {
     partials = arena.take<Partial>(pieces);
     outputs = arena.take<T>(pieces * most_rows * output_stride);
     queries = arena.take<T>(threads * most_rows * query_stride);
-    scores = arena.take<T>(threads * most_rows * key_block);
+    scores = arena.take<T>(threads * most_rows * score_stride);
     panels = arena.take<T>(threads * key_block * W);
     lane_scores = arena.take<PanelScores<T>>(threads);
   }
@@ -105,9 +106,8 @@ struct AttentionDecode {
       const T* source = row_at<T>(call.query, batch, panel.head(row), span.query_start + panel.query(row));
       for (int64_t k = 0; k < query_stride; k += L)
         store(query + row * query_stride + k, load_partial(source + k, sizes.key_size - k));
-      bool sinks = shape.sinks && split_index == 0;
-      partial.maximum[row] = sinks ? ((const T*)shape.sinks)[panel.head(row)] * T(log2_e) : T(-__builtin_inff());
-      partial.sum[row] = sinks ? T(1) : T(0);
+      partial.maximum[row] = T(-__builtin_inff());
+      partial.sum[row] = T(0);
       memset(output + row * output_stride, 0, (size_t)output_stride * sizeof(T));
     }
     Range visible = sizes.visible(span, panel.positions.begin, panel.positions.end - 1);
@@ -128,7 +128,7 @@ struct AttentionDecode {
     using Seen = typename PanelScores<T>::Seen;
     Seen seen = shape.key_padding || shape.mask.data ? lanes_of_rows.seen(keys) : Seen::all;
     if (seen == Seen::none) return;
-    T* row_scores = scores + rank * most_rows * key_block;
+    T* row_scores = scores + rank * most_rows * score_stride;
     RowBlock<T> key_block_rows = key_rows<T>(shape, call.key, span, batch, kv_head, keys, sizes.key_size, nullptr);
     RowBlock<T> values = key_rows<T>(shape, call.value, span, batch, kv_head, keys, sizes.value_size, nullptr);
     products(key_block_rows, keys.count(), query, rows, row_scores);
@@ -139,13 +139,13 @@ struct AttentionDecode {
       T* panel = panels + rank * key_block * W;
       alignas(64) T largest[W];
       for (int64_t k = 0; k < keys.count(); ++k)
-        for (int64_t lane = 0; lane < W; ++lane) panel[k * W + lane] = row_scores[minimum(lane, rows - 1) * key_block + k];
+        for (int64_t lane = 0; lane < W; ++lane) panel[k * W + lane] = row_scores[minimum(lane, rows - 1) * score_stride + k];
       lanes_of_rows.adjust(keys, in_window, seen == Seen::some, panel, largest);
       for (int64_t row = 0; row < rows; ++row)
-        for (int64_t k = 0; k < keys.count(); ++k) row_scores[row * key_block + k] = panel[k * W + row];
+        for (int64_t k = 0; k < keys.count(); ++k) row_scores[row * score_stride + k] = panel[k * W + row];
     }
     T shrink[most_rows];
-    for (int64_t row = 0; row < rows; ++row) weigh(row_scores + row * key_block, keys.count(), partial, row, shrink[row]);
+    for (int64_t row = 0; row < rows; ++row) weigh(row_scores + row * score_stride, keys.count(), partial, row, shrink[row]);
     // A value that nobody sees may be NaN.
     bool skips = partly && !all_finite(values, keys.count(), sizes.value_size);
     add_values(values, keys.count(), row_scores, rows, shrink, skips, output);
@@ -175,7 +175,7 @@ struct AttentionDecode {
         }
         V total = transpose_add<T, 1, L>(sum);
         total = lane_index<T>() < IntVec<T>{} + (decltype(IntVec<T>{}[0] + 0))valid ? total : negative_infinity<T>();
-        store(row_scores + row * key_block + first, total);
+        store(row_scores + row * score_stride + first, total);
       }
     }
   }
@@ -212,7 +212,7 @@ struct AttentionDecode {
         for (int64_t column = 0; column < sizes.value_size; ++column) {
           T sum = output[row * output_stride + column] * shrink[row];
           for (int64_t k = 0; k < count; ++k) {
-            T weight = weights[row * key_block + k];
+            T weight = weights[row * score_stride + k];
             if (weight != 0) sum += weight * values.data[k * values.stride + column];
           }
           output[row * output_stride + column] = sum;
@@ -220,7 +220,7 @@ struct AttentionDecode {
       return;
     }
     for (int64_t row = 0; row < rows;) {
-      const T* weight = weights + row * key_block;
+      const T* weight = weights + row * score_stride;
       T* target = output + row * output_stride;
       if (rows - row >= 4) {
         add_rows<4, 4>(values, count, weight, shrink + row, target);
@@ -247,7 +247,7 @@ struct AttentionDecode {
           V part = load(value + c * L);
           __builtin_prefetch(value + c * L + ahead * values.stride);
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) sum[r][c] = fused_multiply_add(broadcast(weights[r * key_block + k]), part, sum[r][c]);
+          for (int r = 0; r < R; ++r) sum[r][c] = fused_multiply_add(broadcast(weights[r * score_stride + k]), part, sum[r][c]);
         }
       }
       for (int r = 0; r < R; ++r)
@@ -260,7 +260,7 @@ struct AttentionDecode {
       V sum[R] = {};
       for (int64_t k = 0; k < count; ++k) {
         V part = load_partial(values.data + k * values.stride + column, sizes.value_size - column);
-        for (int r = 0; r < R; ++r) sum[r] = fused_multiply_add(broadcast(weights[r * key_block + k]), part, sum[r]);
+        for (int r = 0; r < R; ++r) sum[r] = fused_multiply_add(broadcast(weights[r * score_stride + k]), part, sum[r]);
       }
       for (int r = 0; r < R; ++r) {
         T* place = output + r * output_stride + column;
@@ -284,7 +284,9 @@ struct AttentionDecode {
         by[s] = Math<T>::exp2_nonpositive(broadcast(partials[piece + s].maximum[row] - subtracted))[0];
         sum += partials[piece + s].sum[row] * by[s];
       }
-      T inverse = sum == 0 ? T(0) : 1 / sum;
+      T shrink = 1;
+      if (shape.sinks) join_sink(((const T*)shape.sinks)[head], largest, sum, shrink);
+      T inverse = sum == 0 ? T(0) : shrink / sum;
       T* target = row_at<T>(call.output, batch, head, place);
       for (int64_t column = 0; column < sizes.value_size; column += L) {
         V total{};

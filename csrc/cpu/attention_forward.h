@@ -20,10 +20,11 @@ struct RunningSoftmax {
   alignas(64) T sum[W];
   alignas(64) T rescale[W];  // factor for what was summed before the latest block
 
-  void start(const T* sinks /* [Hq] or NULL */, const Panel<T>& panel) {
+  void start() {
     for (int64_t lane = 0; lane < W; ++lane) {
-      maximum[lane] = sinks ? sinks[panel.head(lane)] * T(log2_e) : T(-__builtin_inff());
-      sum[lane] = sinks ? T(1) : T(0);
+      maximum[lane] = T(-__builtin_inff());
+      sum[lane] = T(0);
+      rescale[lane] = T(1);
     }
   }
 
@@ -209,7 +210,7 @@ struct AttentionForward {
       scores.prepare(sizes, make_panel<T>(span, batch, first_head, row, minimum(W, rows - row)));
       const Panel<T>& panel = scores.panel;
       if (shape.dropout > 0) b.lane_dropout[p].prepare(sizes, panel);
-      b.softmax[p].start((const T*)shape.sinks, panel);
+      b.softmax[p].start();
       const T* row_of[W];
       for (int64_t lane = 0; lane < W; ++lane)
         row_of[lane] = row_at<T>(call.query, batch, panel.head(lane), span.query_start + panel.query(lane));
@@ -246,13 +247,15 @@ struct AttentionForward {
 
   void finish_panel(Buffers& b, const Piece& piece, int64_t p, bool started) {
     const Panel<T>& panel = b.lane_scores[p].panel;
-    const RunningSoftmax<T>& softmax = b.softmax[p];
+    RunningSoftmax<T>& softmax = b.softmax[p];
     if (!started) memset(output_panel(b, p), 0, (size_t)(sizes.value_size * W) * sizeof(T));
     alignas(64) T factor[W];
     T* row_of[W];
     for (int64_t lane = 0; lane < W; ++lane) {
       int64_t head = panel.head(lane), row = piece.span->query_start + panel.query(lane);
-      factor[lane] = weight_scale(softmax.sum[lane]);
+      T shrink = 1;
+      if (shape.sinks) join_sink(((const T*)shape.sinks)[head], softmax.maximum[lane], softmax.sum[lane], shrink);
+      factor[lane] = weight_scale(softmax.sum[lane]) * shrink;
       row_of[lane] = row_at<T>(call.output, piece.batch, head, row);
       if (lane < panel.rows) write_row_statistics(call, piece.batch, head, row, softmax.maximum[lane], softmax.sum[lane]);
     }

@@ -244,6 +244,17 @@ FS_INLINE void weighted_sum(BlockKind kind, RowBlock<T> rows, int64_t columns, c
     multiply_columns(rows.data, rows.stride, columns, weights, panel_width<T>, depth, c, factor);
 }
 
+// A sink joins the sum of a row that has seen some key, whose maximum and sum it changes; what was summed before is to be
+// multiplied by `shrink`. A row that has seen nothing stays empty.
+template <class T>
+FS_INLINE void join_sink(T sink, T& maximum /* in units of log 2 */, T& sum, T& shrink) {
+  if (sum == 0) return;
+  T logit = sink * T(log2_e), largest = logit > maximum ? logit : maximum;
+  shrink = Math<T>::exp2_nonpositive(broadcast(maximum - largest))[0];
+  sum = sum * shrink + Math<T>::exp2_nonpositive(broadcast(logit - largest))[0];
+  maximum = largest;
+}
+
 // What forward says about one row besides its output.
 template <class T>
 FS_INLINE void write_row_statistics(const fastseq_attention_forward& call, int64_t batch, int64_t head, int64_t row,

@@ -184,40 +184,43 @@ FS_INLINE BlockedRow<T> plain_row(const T* data) {
 }
 
 // lanes<T> dot products with W's rows in place, for a single row of A: nothing is packed, every weight is read once.
-// Result lane j is init lane j + W[row + j] . a; lanes past valid_rows are zero. Half of the rows at a time, two vectors along
-// each: the pointers to all rows at once do not fit the integer registers.
+// Result lane j is init lane j + W[row + j] . a; lanes past valid_rows are zero. Half of the rows at a time, because the
+// pointers to all of sixteen do not fit the integer registers, and several vectors along each: eight sums at least are needed
+// to hide the latency of a multiply-add.
 template <class T>
 FS_INLINE Vec<T> dot_rows(const T* w /* [valid_rows, depth], row stride depth */, int64_t valid_rows, BlockedRow<T> a,
                           int64_t depth, Vec<T> init) {
-  constexpr int L = lanes<T>, half = L / 2;
+  constexpr int L = lanes<T>, group = L >= 4 ? L / 2 : L, along = group >= 4 ? 2 : 4;
   Vec<T> sums[L];
 #pragma GCC unroll 2
-  for (int first_row = 0; first_row < L; first_row += half) {
-    const T* row[half];
+  for (int first_row = 0; first_row < L; first_row += group) {
+    const T* row[group];
 #pragma GCC unroll 8
-    for (int j = 0; j < half; ++j) row[j] = w + minimum(first_row + j, valid_rows - 1) * depth;
-    Vec<T> even[half] = {}, odd[half] = {};
+    for (int j = 0; j < group; ++j) row[j] = w + minimum(first_row + j, valid_rows - 1) * depth;
+    Vec<T> part[along][group] = {};
     const T* block = a.data;
     for (int64_t first = 0; first < depth; first += block_depth<T>, block += a.block_step) {
       int64_t last = minimum(depth, first + block_depth<T>);
       const T* value_at = block - first;
       int64_t k = first;
-      for (; k + 2 * L <= last; k += 2 * L) {
-        Vec<T> value = load(value_at + k), other = load(value_at + k + L);
+      for (; k + along * L <= last; k += along * L)
+#pragma GCC unroll 4
+        for (int i = 0; i < along; ++i) {
+          Vec<T> value = load(value_at + k + i * L);
 #pragma GCC unroll 8
-        for (int j = 0; j < half; ++j) {
-          even[j] = fused_multiply_add(load(row[j] + k), value, even[j]);
-          odd[j] = fused_multiply_add(load(row[j] + k + L), other, odd[j]);
+          for (int j = 0; j < group; ++j) part[i][j] = fused_multiply_add(load(row[j] + k + i * L), value, part[i][j]);
         }
-      }
       for (; k < last; k += L) {
         Vec<T> value = load_partial(value_at + k, last - k);
 #pragma GCC unroll 8
-        for (int j = 0; j < half; ++j) even[j] = fused_multiply_add(load_partial(row[j] + k, last - k), value, even[j]);
+        for (int j = 0; j < group; ++j) part[0][j] = fused_multiply_add(load_partial(row[j] + k, last - k), value, part[0][j]);
       }
     }
 #pragma GCC unroll 8
-    for (int j = 0; j < half; ++j) sums[first_row + j] = even[j] + odd[j];
+    for (int j = 0; j < group; ++j) {
+      sums[first_row + j] = part[0][j] + part[1][j];
+      if constexpr (along == 4) sums[first_row + j] += part[2][j] + part[3][j];
+    }
   }
   Vec<T> total = transpose_add<T, 1, L>(sums) + init;
   for (int64_t j = valid_rows; j < L; ++j) total[j] = 0;

@@ -55,7 +55,7 @@ void run_parallel(int threads, Body& body) {
   fastseq_run_parallel(threads, [](void* context, int rank, int size) { (*(Body*)context)(rank, size); }, &body);
 }
 
-FS_INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+FS_INLINE constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 FS_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 FS_INLINE int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -3,12 +3,12 @@
 // Per direction the steps are walked against forward's order, a chunk at a time. Every thread owns the same unit blocks as
 // in forward. A step is: gradients of the pre-activations of its units (from what forward saved), a barrier, and the product
 // with W_hh that gives its columns of dL/dh of the step before. At the end of a chunk the large products follow, while the
-// chunk's gradients are in cache: weights' gradients (each thread the rows of its units) and the input's.
+// chunk's gradients are in cache (rnn_gradients.h): weights' gradients, each thread the rows of its units, and the input's.
 // Gradients of weights are summed over rows in the order of the walk, whatever the number of threads.
 #pragma once
 
 #include "math.h"
-#include "rnn_shape.h"
+#include "rnn_gradients.h"
 
 namespace fastseq::FS_ISA {
 namespace {
@@ -19,28 +19,11 @@ struct RnnBackward {
   static constexpr int64_t W = panel_width<T>, L = lanes<T>;
   static constexpr int64_t block_rows = 5 * FS_TILE_ROWS;
 
-  struct DirectionBuffers {
-    T* packed_input;             // [input panels][input_count * hidden_padded][W], for the input's gradient
-    T* packed_hidden;            // [output_blocks][hidden_count * hidden_padded][W]
-    T* packed_projection;        // [unit_blocks][P][W]
-    T* grad_h;                   // [B][output_padded], carried from step to step
-    T* grad_cell;                // [B][hidden_padded]
-    BlockedRows<T> grad_slots;   // [capacity, slots * hidden_padded]
-    BlockedRows<T> grad_output;  // [capacity, P], only with a projection: dL/dh in all
-    const T** x_rows;            // [capacity] where the chunk's rows lie
-    const T** h_rows;            // [capacity] h_{t-1}; NULL for zeros
-    T* x_panels;                 // [input panels][capacity][W], the chunk's inputs as the right factor of a weight gradient
-    T* h_panels;                 // [output_blocks][capacity][W]
-    T* hidden_panels;            // [unit_blocks][capacity][W], with a projection
-    T* grad_x;                   // [capacity][input_padded]
-    T* grad_x_rows;              // [rows][I], second direction when both run side by side
-  };
-
   const fastseq_rnn_backward& call;
   LayerSizes<T, Cell> sizes;
   StepTable table;
   int64_t capacity, input_panels, input_padded, output_padded;
-  DirectionBuffers buffers[FASTSEQ_MAX_DIRECTIONS];
+  BackwardBuffers<T> buffers[FASTSEQ_MAX_DIRECTIONS];
   Barrier barriers[2], everyone;
 
   explicit RnnBackward(const fastseq_rnn_backward& call) : call(call), sizes(call.shape), table{&call.shape, nullptr} {
@@ -55,7 +38,7 @@ struct RnnBackward {
   void lay_out(Arena& arena, bool side_by_side) {
     table.first_row = arena.take<int64_t>(sizes.steps + 1);
     for (int64_t d = 0; d < sizes.directions; ++d) {
-      DirectionBuffers& b = buffers[d];
+      BackwardBuffers<T>& b = buffers[d];
       if (d && !side_by_side) {
         b = buffers[0];
         continue;
@@ -112,15 +95,10 @@ struct RnnBackward {
     for (int64_t t = steps.begin; t < steps.end; ++t) {
       int64_t alive = table.alive(t);
       for (int64_t row = 0; other && row < alive; ++row)
-        add_row(other + (table.first_row[t] + row) * sizes.input, grad_x.at(t, row));
+        add_row(other + (table.first_row[t] + row) * sizes.input, grad_x.at(t, row), sizes.input);
       for (int64_t row = alive; !table.shape->packed && row < sizes.batch; ++row)
         memset(grad_x.at(t, row), 0, (size_t)sizes.input * sizeof(T));
     }
-  }
-
-  FS_INLINE void add_row(const T* from /* [I] */, T* to /* [I] */) const {
-    for (int64_t i = 0; i < sizes.input; i += L)
-      store_partial(to + i, load_partial(to + i, sizes.input - i) + load_partial(from + i, sizes.input - i), sizes.input - i);
   }
 
   // One thread's share of one direction.
@@ -128,15 +106,15 @@ struct RnnBackward {
     RnnBackward& layer;
     const LayerSizes<T, Cell>& sizes;
     const StepTable& table;
-    DirectionBuffers& b;
+    BackwardBuffers<T>& b;
     const fastseq_rnn_weights& weights;
-    const fastseq_rnn_weight_gradients& grads;
     Sequence<T> x, y, grad_y, grad_x;
     Reserve<T, Cell> reserve;
     int64_t index;
     Walkway forward, walk;  // the order of forward, and against it
     Team team;
     Range units, outputs;
+    ChunkGradients<T, Cell> gradients;
 
     Direction(RnnBackward& layer, int64_t d, Team team)
         : layer(layer),
@@ -144,7 +122,6 @@ struct RnnBackward {
           table(layer.table),
           b(layer.buffers[d]),
           weights(layer.call.weights[d]),
-          grads(layer.call.grad_weights[d]),
           x(layer.call.x, layer.table),
           y(layer.call.y, layer.table),
           grad_y(layer.call.grad_y, layer.table),
@@ -155,7 +132,21 @@ struct RnnBackward {
           walk{layer.sizes.steps, d == 0},
           team(team),
           units(split(layer.sizes.unit_blocks(), team.size, team.rank)),
-          outputs(split(layer.sizes.output_blocks(), team.size, team.rank)) {
+          outputs(split(layer.sizes.output_blocks(), team.size, team.rank)),
+          gradients{layer.sizes,
+                    layer.table,
+                    b,
+                    layer.call.grad_weights[d],
+                    x,
+                    grad_x,
+                    reserve.hidden,
+                    walk,
+                    team,
+                    units,
+                    outputs,
+                    layer.input_panels,
+                    layer.input_padded,
+                    d == 1 && !b.grad_x_rows} {
       y.data += d * sizes.output;
       if (grad_y.data) grad_y.data += d * sizes.output;
     }
@@ -163,19 +154,19 @@ struct RnnBackward {
     void run() {
       pack_weights();
       load_state_gradients();
-      if (sizes.rows == 0 && team.rank == 0) zero_weight_gradients();
+      if (sizes.rows == 0 && team.rank == 0) gradients.zero_weight_gradients();
       for (int64_t position = 0; position < sizes.steps;) {
         Chunk chunk = next_chunk(table, walk, position, sizes.chunk_target_rows());
         int64_t first = table.first_row[minimum(walk.step(chunk.begin), walk.step(chunk.end - 1))];
         bool first_chunk = position == 0;
         for (; position < chunk.end; ++position) step(position, first);
         if (chunk.rows == 0) continue;
-        note_rows(chunk, first);
+        gradients.note_rows(chunk, first, [this](int64_t t, int64_t row) { return h_before(t, row); });
         team.wait();
-        pack_right_factors(chunk.rows);
+        gradients.pack_right_factors(chunk.rows);
         team.wait();
-        weight_gradients(chunk.rows, first_chunk);
-        if (layer.wants_grad_x()) input_gradient(chunk, first);
+        gradients.weight_gradients(chunk.rows, first_chunk);
+        if (layer.wants_grad_x()) gradients.input_gradient(chunk, first);
         team.wait();
       }
       store_state_gradients();
@@ -375,155 +366,6 @@ struct RnnBackward {
         for (int64_t v = 0; v < W && v < count; v += L)
           update_vector<false>(at, load(scratch + (row - rows.begin) * W + v), V{}, v, count - v);
       }
-    }
-
-    void note_rows(Chunk chunk, int64_t chunk_first) {
-      Range mine = split(chunk.end - chunk.begin, team.size, team.rank);
-      for (int64_t i = mine.begin; i < mine.end; ++i) {
-        int64_t t = walk.step(chunk.begin + i);
-        for (int64_t row = 0; row < table.alive(t); ++row) {
-          int64_t local = table.first_row[t] - chunk_first + row;
-          b.x_rows[local] = x.at(t, row);
-          b.h_rows[local] = h_before(t, row);
-          if (sizes.has_projection && grads.projection) note_hidden(table.first_row[t] + row, local);
-        }
-      }
-    }
-    // The unprojected outputs lie in the reserve already; their panels are filled row by row.
-    void note_hidden(int64_t packed_row, int64_t local) {
-      const T* source = reserve.hidden + packed_row * sizes.hidden_padded;
-      for (int64_t block = 0; block < sizes.unit_blocks(); ++block)
-        for (int64_t v = 0; v < 2; ++v) {
-          int64_t unit = block * W + v * L;
-          store(b.hidden_panels + (block * b.grad_slots.rows + local) * W + v * L,
-                load_partial(source + unit, maximum(0, sizes.hidden - unit)));
-        }
-    }
-
-    // Inputs and previous states of the chunk as panels; the whole team packs, everyone reads.
-    void pack_right_factors(int64_t rows) {
-      auto pack = [&](const T* const* source, int64_t width, T* panels) {
-        Range mine = split((width + W - 1) / W, team.size, team.rank);
-        for (int64_t panel = mine.begin; panel < mine.end; ++panel)
-          pack_rows<T>([&](int64_t k) { return source[k] ? source[k] + panel * W : nullptr; }, width - panel * W, rows,
-                       panels + panel * b.grad_slots.rows * W);
-      };
-      if (grads.input) pack(b.x_rows, sizes.input, b.x_panels);
-      if (grads.hidden) pack(b.h_rows, sizes.output, b.h_panels);
-    }
-
-    void weight_gradients(int64_t rows, bool first_chunk) {
-      Range mine{minimum(units.begin * W, sizes.hidden), minimum(units.end * W, sizes.hidden)};
-      for (int i = 0; i < Cell::input_count; ++i) {
-        int64_t column = (Cell::input_first + i) * sizes.hidden_padded, gate = Cell::gate_of_input(i);
-        if (grads.input)
-          weight_gradient(b.grad_slots, column, mine, rows, b.x_panels, sizes.input,
-                          (T*)grads.input + gate * sizes.hidden * sizes.input, first_chunk);
-        if (grads.input_bias) bias_gradient(column, mine, rows, (T*)grads.input_bias + gate * sizes.hidden, first_chunk);
-      }
-      for (int i = 0; i < Cell::hidden_count; ++i) {
-        int64_t column = (Cell::hidden_first + i) * sizes.hidden_padded, gate = Cell::gate_of_hidden(i);
-        if (grads.hidden)
-          weight_gradient(b.grad_slots, column, mine, rows, b.h_panels, sizes.output,
-                          (T*)grads.hidden + gate * sizes.hidden * sizes.output, first_chunk);
-        if (grads.hidden_bias) bias_gradient(column, mine, rows, (T*)grads.hidden_bias + gate * sizes.hidden, first_chunk);
-      }
-      if (grads.projection) {
-        Range columns{minimum(outputs.begin * W, sizes.output), minimum(outputs.end * W, sizes.output)};
-        weight_gradient(b.grad_output, 0, columns, rows, b.hidden_panels, sizes.hidden, (T*)grads.projection, first_chunk);
-      }
-    }
-
-    // target[m][n] (+)= sum over the chunk's rows of left[row][column + m] * right[row][n], m in `mine`.
-    void weight_gradient(BlockedRows<T> left, int64_t column, Range mine, int64_t rows,
-                         const T* panels /* [panel][capacity][W] */, int64_t width, T* target /* [*, width] */,
-                         bool first_chunk) {
-      alignas(64) static constexpr T zeros[W] = {};
-      int64_t group = maximum(1, (192 << 10) / (sizes.chunk_target_rows() * W * (int64_t)sizeof(T)));
-      int64_t panel_count = (width + W - 1) / W;
-      for (int64_t first = 0; first < panel_count; first += group) {
-        int64_t last = minimum(first + group, panel_count);
-        for (int64_t m = mine.begin; m < mine.end;) {
-          // A tile's columns of `left` are neighbours in memory only within a block.
-          int64_t k = column + m;
-          int64_t segment = minimum(mine.end - m, block_depth<T> - k % block_depth<T>);
-          int64_t tiles = tile_count(segment);
-          EvenSplit tile_rows(segment, tiles);
-          for (int64_t i = 0; i < tiles; ++i) {
-            Range part = tile_rows.part(i);
-            for (int64_t p = first; p < last; ++p) {
-              T* c = target + (m + part.begin) * width + p * W;
-              const T* a = left.at(0, k + part.begin);
-              const T* panel = panels + p * left.rows * W;
-              if (width - p * W >= W)
-                run_tile<T, Walk::columns>(part.count(), a, panel, rows, first_chunk ? zeros : c, first_chunk ? 0 : width, c,
-                                           width);
-              else
-                edge_tile(part.count(), a, panel, rows, c, width, width - p * W, first_chunk);
-            }
-          }
-          m += segment;
-        }
-      }
-    }
-
-    // The last, narrower panel goes through a full tile of its own.
-    FS_NOINLINE void edge_tile(int64_t tile_rows, const T* a, const T* panel, int64_t depth, T* c, int64_t c_stride,
-                               int64_t columns, bool first_chunk) {
-      alignas(64) T full[FS_TILE_ROWS * W] = {};  // [row][W]
-      for (int64_t r = 0; r < tile_rows && !first_chunk; ++r)
-        memcpy(full + r * W, c + r * c_stride, (size_t)columns * sizeof(T));
-      run_tile<T, Walk::columns>(tile_rows, a, panel, depth, full, W, full, W);
-      for (int64_t r = 0; r < tile_rows; ++r) memcpy(c + r * c_stride, full + r * W, (size_t)columns * sizeof(T));
-    }
-
-    void bias_gradient(int64_t column, Range mine, int64_t rows, T* target /* [H] */, bool first_chunk) {
-      for (int64_t m = mine.begin; m < mine.end; m += L) {
-        // Sums of sixteen rows, then the sum of those: one running sum over a chunk loses digits.
-        V sum{};
-        for (int64_t first = 0; first < rows; first += 16) {
-          V part{};
-          for (int64_t row = first; row < minimum(first + 16, rows); ++row) part += load(b.grad_slots.at(row, column + m));
-          sum += part;
-        }
-        int64_t count = mine.end - m;
-        store_partial(target + m, first_chunk ? sum : load_partial(target + m, count) + sum, count);
-      }
-    }
-
-    // grad_x = grad_slots * W_ih for this thread's rows of the chunk.
-    void input_gradient(Chunk chunk, int64_t chunk_first) {
-      alignas(64) static constexpr T zeros[W] = {};
-      int64_t stride = layer.input_padded;
-      Range mine = split(chunk.rows, team.size, team.rank);
-      multiply_blocked(
-          b.grad_slots, mine, Cell::input_first * sizes.hidden_padded, Cell::input_count * sizes.hidden_padded, b.packed_input,
-          Range{0, layer.input_panels}, [&](int64_t row, int64_t panel) { return b.grad_x + row * stride + panel * W; }, stride,
-          [&](int64_t) { return zeros; });
-      bool adds = index == 1 && !b.grad_x_rows;
-      for (int64_t position = chunk.begin; position < chunk.end; ++position) {
-        int64_t t = walk.step(position), local = table.first_row[t] - chunk_first;
-        for (int64_t row = maximum(0, mine.begin - local); row < minimum(table.alive(t), mine.end - local); ++row) {
-          const T* source = b.grad_x + (local + row) * stride;
-          T* target = b.grad_x_rows ? b.grad_x_rows + (table.first_row[t] + row) * sizes.input : grad_x.at(t, row);
-          if (adds)
-            layer.add_row(source, target);
-          else
-            memcpy(target, source, (size_t)sizes.input * sizeof(T));
-        }
-      }
-    }
-
-    void zero_weight_gradients() {
-      auto zero = [](void* target, int64_t count) {
-        if (target) memset(target, 0, (size_t)count * sizeof(T));
-      };
-      int64_t rows = Cell::gates * sizes.hidden;
-      zero(grads.input, rows * sizes.input);
-      zero(grads.hidden, rows * sizes.output);
-      zero(grads.input_bias, rows);
-      zero(grads.hidden_bias, rows);
-      zero(grads.projection, sizes.projection * sizes.hidden);
     }
   };
 };

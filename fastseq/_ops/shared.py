@@ -32,7 +32,10 @@ def is_watched() -> bool:
 
 def has_lazy_negation(*tensors: Tensor | None) -> bool:
     """Memory holds the negated values (``z.conj().imag``); the dispatcher resolves that."""
-    return any(tensor is not None and tensor.is_neg() for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110  any() over a generator takes three times as long
+        if tensor is not None and tensor.is_neg():
+            return True
+    return False
 
 
 def wants_composite() -> bool:
