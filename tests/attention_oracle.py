@@ -238,14 +238,14 @@ def score_units(case: Case, name: str, sister: Case) -> float:
     dP it subtracts from, then finds exactly zero. The kernels find the mean as ``output . dO``,
     which is as exact but rounded elsewhere: what is left is a unit of ``dP``.
     """
-    factor = {"grad_query": "key", "grad_key": "query"}.get(name)
-    if factor is None or not (case.keys == 1 or case.magnitude > 1):
-        return 0.0
     leaves, _, _ = arguments(sister, torch.float64)
     # Sums over Ev of products of two values of size one.
     value = float(leaves["value"].detach().square().mean().sqrt())
-    grad_weight = FREE_UNITS * case.value_size**0.5 * value
-    return grad_weight * float(leaves[factor].detach().abs().max()) / case.size**0.5
+    grad_weight = FREE_UNITS * case.value_size**0.5 * value / (1 - min(case.dropout, 0.9))
+    factor = {"grad_query": "key", "grad_key": "query"}.get(name)
+    if factor is not None:
+        return grad_weight * float(leaves[factor].detach().abs().max()) / case.size**0.5
+    return grad_weight if name == "grad_bias" else 0.0
 
 
 def check(case: Case) -> None:
