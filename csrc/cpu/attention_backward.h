@@ -8,7 +8,7 @@
 // whose bias gradients meet (a bias broadcast over sequences or heads) are done one after another by the same thread.
 #pragma once
 
-#include "attention_scores.h"
+#include "attention_head.h"
 
 namespace fastseq::FS_ISA {
 namespace {
@@ -21,23 +21,15 @@ struct AttentionBackward {
   static constexpr int64_t wanted_pieces = 16, most_splits = 4;
 
   struct Buffers {
-    T* query;                     // [panels][E][W]
-    T* grad_output;               // [panels][Ev][W]
-    T* grad_query;                // [panels][E][W], unless splits keep theirs
-    T* query_rows;                // [E panels][Sq][W] or NULL: as they lie
-    T* grad_output_rows;          // [Ev panels][Sq][W] or NULL
-    T* weights;                   // [panels_per_block][key_block][W]
-    T* grad_scores;               // [panels_per_block][key_block][W]
-    T* cap_slope;                 // [key_block][W]
-    T* grad_key;                  // [E panels][key_block][W]
-    T* grad_value;                // [Ev panels][key_block][W]
-    T* key_copy;                  // [key_block][copied_stride(E)] or NULL
-    T* value_copy;                // [key_block][copied_stride(Ev)] or NULL
-    PanelScores<T>* lane_scores;  // [panels]
-    PanelDropout<T>* dropout;     // [panels]
-    T* maximum;                   // [panels][W]
-    T* scale;                     // [panels][W]
-    T* delta;                     // [panels][W]
+    PackedHead<T> head;  // of the head being worked on, unless splits share them
+    T* grad_query;       // [panels][E][W], unless splits keep theirs
+    T* weights;          // [panels_per_block][key_block][W]
+    T* grad_scores;      // [panels_per_block][key_block][W]
+    T* cap_slope;        // [key_block][W]
+    T* grad_key;         // [E panels][key_block][W]
+    T* grad_value;       // [Ev panels][key_block][W]
+    T* key_copy;         // [key_block][copied_stride(E)] or NULL
+    T* value_copy;       // [key_block][copied_stride(Ev)] or NULL
   };
 
   const fastseq_attention_backward& call;
@@ -48,9 +40,9 @@ struct AttentionBackward {
   int64_t units, unit_batches, unit_heads;  // a unit: so many sequences times so many key heads
   int64_t splits;
   bool shares_batches, shares_heads;
-  bool copies_query, copies_grad_output;
-  T* all_delta;    // [B][Hq][Sq]
-  T* split_query;  // [splits][B * Hq][panels][E][W], when splits > 1
+  T* all_delta;                 // [B][Hq][Sq]
+  PackedHead<T>* shared_heads;  // [B * Hq], when splits > 1
+  T* split_query;               // [splits][B * Hq][panels][E][W], when splits > 1
   WorkQueue queue;
   Barrier barrier;
 
@@ -67,8 +59,6 @@ struct AttentionBackward {
     int64_t blocks = (shape.keys + key_block - 1) / key_block;
     splits = units ? minimum(minimum((wanted_pieces + units - 1) / units, most_splits), blocks) : 1;
     if ((bias.data && bias.key_stride == 0) || splits < 1) splits = 1;  // every key block adds to the same elements
-    copies_query = sizes.key_size % W || needs_copy<T>(shape, call.query, sizes.key_size);
-    copies_grad_output = sizes.value_size % W || needs_copy<T>(shape, call.grad_output, sizes.value_size);
   }
 
   int run() {
@@ -84,7 +74,10 @@ struct AttentionBackward {
     auto body = [this, buffers](int rank, int size) {
       Team team{rank, size, &barrier};
       Range heads = split(sizes.batch * sizes.heads, size, rank);
-      for (int64_t i = heads.begin; i < heads.end; ++i) prepare_rows(i / sizes.heads, i % sizes.heads);
+      for (int64_t i = heads.begin; i < heads.end; ++i) {
+        prepare_rows(i / sizes.heads, i % sizes.heads);
+        if (splits > 1) prepare_head(shared_heads[i], i / sizes.heads, i % sizes.heads);
+      }
       team.wait();
       for (int64_t piece; (piece = queue.take()) < units * splits;) run_unit(buffers[rank], piece / splits, piece % splits);
       if (splits > 1) {
@@ -106,14 +99,18 @@ struct AttentionBackward {
     sizes.spans = arena.take<SequenceSpan>(sizes.batch);
     all_delta = arena.take<T>(sizes.batch * sizes.heads * shape.queries);
     split_query = arena.take<T>(splits > 1 ? splits * sizes.batch * sizes.heads * panels * sizes.key_size * W : 0);
+    int64_t heads_shared = splits > 1 ? sizes.batch * sizes.heads : 0;
+    shared_heads = arena.take<PackedHead<T>>(heads_shared);
+    for (int64_t i = 0; i < heads_shared; ++i) {
+      PackedHead<T> head;
+      head.lay_out(arena, call);
+      if (buffers) shared_heads[i] = head;
+    }
     Buffers* table = arena.take<Buffers>(threads);
     for (int i = 0; i < threads; ++i) {
       Buffers b{};
-      b.query = arena.take<T>(panels * sizes.key_size * W);
-      b.grad_output = arena.take<T>(panels * sizes.value_size * W);
+      if (splits == 1) b.head.lay_out(arena, call);
       b.grad_query = arena.take<T>(splits > 1 ? 0 : panels * sizes.key_size * W);
-      if (copies_query) b.query_rows = arena.take<T>(key_panels * shape.queries * W);
-      if (copies_grad_output) b.grad_output_rows = arena.take<T>(value_panels * shape.queries * W);
       b.weights = arena.take<T>(panels_per_block * key_block * W);
       b.grad_scores = arena.take<T>(panels_per_block * key_block * W);
       b.cap_slope = arena.take<T>(shape.softcap != 0 ? key_block * W : 0);
@@ -123,11 +120,6 @@ struct AttentionBackward {
         b.key_copy = arena.take<T>(key_block * copied_stride<T>(sizes.key_size));
       if (needs_copy<T>(shape, call.value, sizes.value_size))
         b.value_copy = arena.take<T>(key_block * copied_stride<T>(sizes.value_size));
-      b.lane_scores = arena.take<PanelScores<T>>(panels);
-      b.dropout = arena.take<PanelDropout<T>>(shape.dropout > 0 ? panels : 0);
-      b.maximum = arena.take<T>(panels * W);
-      b.scale = arena.take<T>(panels * W);
-      b.delta = arena.take<T>(panels * W);
       if (buffers) buffers[i] = b;
     }
     return table;
@@ -171,9 +163,10 @@ struct AttentionBackward {
     if (splits > 1)
       grad_query = split_query + ((split_index * sizes.batch + batch) * sizes.heads + head) * panels * sizes.key_size * W;
     memset(grad_query, 0, (size_t)(count * sizes.key_size * W) * sizeof(T));
-    for (int64_t p = 0; p < count; ++p) prepare_panel(b, span, batch, head, p);
-    if (copies_query) pack_row_panels(call.query, span, batch, head, sizes.key_size, b.query_rows);
-    if (copies_grad_output) pack_row_panels(call.grad_output, span, batch, head, sizes.value_size, b.grad_output_rows);
+    if (splits > 1)
+      b.head = shared_heads[batch * sizes.heads + head];
+    else
+      prepare_head(b.head, batch, head);
 
     int64_t all_keys = shape.key_starts ? span.keys : shape.keys;
     Range blocks = split((all_keys + key_block - 1) / key_block, splits, split_index);
@@ -189,34 +182,8 @@ struct AttentionBackward {
     if (splits == 1 && call.grad_query.data) write_query(grad_query, batch, head);
   }
 
-  void prepare_panel(Buffers& b, const SequenceSpan& span, int64_t batch, int64_t head, int64_t p) {
-    PanelScores<T>& scores = b.lane_scores[p];
-    int64_t first = p * W;
-    scores.prepare(sizes, make_panel<T>(span, batch, head, first, minimum(W, span.queries - first)));
-    if (shape.dropout > 0) b.dropout[p].prepare(sizes, scores.panel);
-    const T* query_of[W];
-    const T* gradient_of[W];
-    for (int64_t lane = 0; lane < W; ++lane) {
-      int64_t query = scores.panel.query(lane), row = span.query_start + query;
-      query_of[lane] = row_at<T>(call.query, batch, head, row);
-      gradient_of[lane] = row_at<T>(call.grad_output, batch, head, row);
-      b.maximum[first + lane] = *row_at<T>(call.row_maximum, batch, head, row);
-      b.scale[first + lane] = *row_at<T>(call.row_scale, batch, head, row);
-      b.delta[first + lane] = delta_row(batch, head)[query];
-    }
-    pack_lanes(query_of, sizes.key_size, b.query + p * sizes.key_size * W);
-    pack_lanes(gradient_of, sizes.value_size, b.grad_output + p * sizes.value_size * W);
-  }
-
-  // target [size panels][Sq][W]: the rows of one head cut into panels of columns.
-  void pack_row_panels(const fastseq_heads& tensor, const SequenceSpan& span, int64_t batch, int64_t head, int64_t size,
-                       T* target) const {
-    for (int64_t column = 0; column < size; column += W, target += shape.queries * W)
-      for (int64_t query = 0; query < span.queries; ++query) {
-        const T* source = row_at<T>(tensor, batch, head, span.query_start + query) + column;
-        store(target + query * W, load_partial(source, minimum(L, size - column)));
-        store(target + query * W + L, load_partial(source + L, maximum(0, minimum(L, size - column - L))));
-      }
+  void prepare_head(const PackedHead<T>& packed, int64_t batch, int64_t head) const {
+    packed.prepare(call, sizes, batch, head, delta_row(batch, head));
   }
 
   // Everything that one block of keys and one query head have to do with each other; false if no query sees a key.
@@ -250,7 +217,7 @@ struct AttentionBackward {
   // that the panel sees, as rows of the block.
   Range run_panel(Buffers& b, int64_t p, int64_t i, const SequenceSpan& span, Range keys, RowBlock<T> key_block_rows,
                   RowBlock<T> value_block_rows, T* grad_query) {
-    const PanelScores<T>& lane_scores = b.lane_scores[p];
+    const PanelScores<T>& lane_scores = b.head.lane_scores[p];
     Range part = sizes.visible(span, lane_scores.panel.positions.begin, lane_scores.panel.positions.end - 1);
     part = {maximum(part.begin, keys.begin), minimum(part.end, keys.end)};
     if (part.count() <= 0) return {0, 0};
@@ -258,12 +225,12 @@ struct AttentionBackward {
     T* weights = b.weights + (i * key_block + skipped) * W;
     T* grad_scores = b.grad_scores + (i * key_block + skipped) * W;
     alignas(64) T largest[W], unused[W];
-    BlockKind kind = score_block(lane_scores, b.query + p * sizes.key_size * W, key_block_rows.from(skipped), part, weights,
-                                 largest, b.cap_slope);
+    BlockKind kind = score_block(lane_scores, b.head.query + p * sizes.key_size * W, key_block_rows.from(skipped), part,
+                                 weights, largest, b.cap_slope);
     if (kind == BlockKind::hidden) return {0, 0};
     RowBlock<T> values = value_block_rows.from(skipped);
     for (T& value : unused) value = 0;
-    multiply_rows(values.data, values.stride, part.count(), b.grad_output + p * sizes.value_size * W, sizes.value_size,
+    multiply_rows(values.data, values.stride, part.count(), b.head.grad_output + p * sizes.value_size * W, sizes.value_size,
                   grad_scores, unused);
     score_gradients(b, p, part, weights, grad_scores);
     if (call.grad_bias.data) add_bias_gradient(lane_scores.panel, part, grad_scores);
@@ -285,15 +252,15 @@ struct AttentionBackward {
     T kept_scale = shape.dropout < 1 ? T(1 / (1 - shape.dropout)) : T(0);
     V factor = broadcast(score_factor(sizes));
     for (int half = 0; half < 2; ++half) {
-      V top = load(b.maximum + p * W + half * L), scale = load(b.scale + p * W + half * L);
-      V delta = load(b.delta + p * W + half * L);
+      V top = load(b.head.row_maximum + p * W + half * L), scale = load(b.head.row_scale + p * W + half * L);
+      V delta = load(b.head.delta + p * W + half * L);
       IntVec<T> keep[4];
       for (int64_t k = part.begin; k < part.end; ++k) {
         int64_t place = (k - part.begin) * W + half * L;
         V weight = Math<T>::exp2_nonpositive(fused_multiply_add(load(weights + place), factor, -top)) * scale;
         V from_value = load(grad_scores + place), kept = weight;
         if (drops) {
-          if (k == part.begin || k % 4 == 0) b.dropout[p].draw(half, k / 4, keep);
+          if (k == part.begin || k % 4 == 0) b.head.dropout[p].draw(half, k / 4, keep);
           V by = (V)((IntVec<T>)broadcast(kept_scale) & keep[k % 4]);
           kept = weight * by;
           from_value = (V)((IntVec<T>)from_value & keep[k % 4]) * broadcast(kept_scale);
@@ -327,11 +294,11 @@ struct AttentionBackward {
       if (seen.count() <= 0) continue;
       int64_t query = (first + seen.begin) * W, queries = minimum((first + seen.end) * W, span.queries) - query;
       if (call.grad_value.data)
-        add_tile(b.weights, rows, seen.begin, call.grad_output, b.grad_output_rows, span, batch, head, query, queries,
+        add_tile(b.weights, rows, seen.begin, call.grad_output, b.head.grad_output_rows, span, batch, head, query, queries,
                  sizes.value_size, b.grad_value);
       if (call.grad_key.data)
-        add_tile(b.grad_scores, rows, seen.begin, call.query, b.query_rows, span, batch, head, query, queries, sizes.key_size,
-                 b.grad_key);
+        add_tile(b.grad_scores, rows, seen.begin, call.query, b.head.query_rows, span, batch, head, query, queries,
+                 sizes.key_size, b.grad_key);
     }
   }
   FS_INLINE void add_tile(const T* buffers, Range rows, int64_t first_buffer, const fastseq_heads& tensor, const T* packed,
