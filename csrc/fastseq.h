@@ -175,7 +175,7 @@ struct fastseq_attention_forward {
   struct fastseq_heads output;  // [B, Hq, Sq, Ev]
   struct fastseq_rows lse;      // log-sum-exp of the scores, -Inf for a row that sees nothing; data NULL: not asked for
   struct fastseq_rows
-      row_maximum;                // for backward: the maximum that was subtracted, in units of log 2; data NULL: not asked for
+      row_maximum;  // for backward: the maximum that was subtracted, in the kernels' units; data NULL: not asked for
   struct fastseq_rows row_scale;  // for backward: 1 / sum, 0 for a row that sees nothing; both or neither
   struct fastseq_scores weights;  // [B, Hq, Sq, Skv] after softmax and dropout; data NULL: not asked for
   int32_t average_weights;        // 1: weights is [B, Sq, Skv] (head_stride 0), the mean over heads

@@ -75,13 +75,13 @@ struct AttentionBackward {
       Team team{rank, size, &barrier};
       Range heads = split(sizes.batch * sizes.heads, size, rank);
       for (int64_t i = heads.begin; i < heads.end; ++i) {
-        prepare_rows(i / sizes.heads, i % sizes.heads);
+        zero_unused_rows(i / sizes.heads, i % sizes.heads);
         if (splits > 1) prepare_head(shared_heads[i], i / sizes.heads, i % sizes.heads);
       }
       team.wait();
       for (int64_t piece; (piece = queue.take()) < units * splits;) run_unit(buffers[rank], piece / splits, piece % splits);
+      team.wait();
       if (splits > 1) {
-        team.wait();
         if (call.grad_query.data)
           for (int64_t i = heads.begin; i < heads.end; ++i) add_splits(i / sizes.heads, i % sizes.heads);
       }
@@ -127,20 +127,9 @@ struct AttentionBackward {
 
   FS_INLINE T* delta_row(int64_t batch, int64_t head) const { return all_delta + (batch * sizes.heads + head) * shape.queries; }
 
-  // delta, and zeros where no query is.
-  void prepare_rows(int64_t batch, int64_t head) {
+  // Zeros where no query is.
+  void zero_unused_rows(int64_t batch, int64_t head) const {
     const SequenceSpan& span = sizes.spans[batch];
-    T* delta = delta_row(batch, head);
-    for (int64_t query = 0; query < span.queries; ++query) {
-      int64_t row = span.query_start + query;
-      const T* output = row_at<T>(call.output, batch, head, row);
-      const T* gradient = row_at<T>(call.grad_output, batch, head, row);
-      V sum{};
-      for (int64_t k = 0; k < sizes.value_size; k += L)
-        sum = fused_multiply_add(load_partial(output + k, sizes.value_size - k),
-                                 load_partial(gradient + k, sizes.value_size - k), sum);
-      delta[query] = sum_of_lanes<T>(sum) - (call.grad_lse.data ? *row_at<T>(call.grad_lse, batch, head, row) : T(0));
-    }
     int64_t all = shape.query_starts ? shape.query_starts[batch + 1] - span.query_start : shape.queries;
     if (call.grad_query.data)
       for (int64_t query = span.queries; query < all; ++query)
@@ -257,7 +246,7 @@ struct AttentionBackward {
       IntVec<T> keep[4];
       for (int64_t k = part.begin; k < part.end; ++k) {
         int64_t place = (k - part.begin) * W + half * L;
-        V weight = Math<T>::exp2_nonpositive(fused_multiply_add(load(weights + place), factor, -top)) * scale;
+        V weight = Math<T>::exp2_nonpositive((load(weights + place) - top) * factor) * scale;
         V from_value = load(grad_scores + place), kept = weight;
         if (drops) {
           if (k == part.begin || k % 4 == 0) b.head.dropout[p].draw(half, k / 4, keep);
@@ -392,19 +381,20 @@ struct AttentionBackward {
   }
 
   void sink_gradient(int64_t head) const {
-    T sink = ((const T*)shape.sinks)[head], total = 0;
+    T sink = ((const T*)shape.sinks)[head];
+    double total = 0;  // over every row of the batch, of either sign
     for (int64_t batch = 0; batch < sizes.batch; ++batch) {
       const SequenceSpan& span = sizes.spans[batch];
       const T* delta = delta_row(batch, head);
       for (int64_t query = 0; query < span.queries; ++query) {
         int64_t row = span.query_start + query;
-        T exponent = sink * T(log2_e) - *row_at<T>(call.row_maximum, batch, head, row);
+        T exponent = sink * T(log2_e) - *row_at<T>(call.row_maximum, batch, head, row) * score_factor(sizes);
         Vec<T> weight =
             Math<T>::exp2_nonpositive(broadcast(exponent)) * broadcast(*row_at<T>(call.row_scale, batch, head, row));
-        total -= weight[0] * delta[query];
+        total -= (double)weight[0] * (double)delta[query];
       }
     }
-    ((T*)call.grad_sinks)[head] = total;
+    ((T*)call.grad_sinks)[head] = (T)total;
   }
 };
 

@@ -19,7 +19,7 @@ struct AttentionDecode {
 
   // What one split knows about the rows of one key head.
   struct Partial {
-    T maximum[most_rows];  // in units of log 2
+    T maximum[most_rows];  // of the scores as score_block leaves them
     T sum[most_rows];
   };
 
@@ -188,18 +188,18 @@ struct AttentionDecode {
       V score = load(row_scores + k);
       top = score > top ? score : top;
     }
-    T scaled = largest_lane<T>(top) * factor, largest = scaled > partial.maximum[row] ? scaled : partial.maximum[row];
+    T here = largest_lane<T>(top), largest = here > partial.maximum[row] ? here : partial.maximum[row];
     T subtracted = largest == minus_infinity ? T(0) : largest;
     V total{};
     for (int64_t k = 0; k < count; k += L) {
       V score = load(row_scores + k);
-      V exponent = fused_multiply_add(score, broadcast(factor), broadcast(-subtracted));
+      V exponent = (score - broadcast(subtracted)) * broadcast(factor);
       V weight = Math<T>::exp2_nonpositive(exponent);
       total = total + weight;
       store(row_scores + k, weight);
     }
     T sum = sum_of_lanes<T>(total);
-    shrink = Math<T>::exp2_nonpositive(broadcast(partial.maximum[row] - subtracted))[0];
+    shrink = Math<T>::exp2_nonpositive(broadcast((partial.maximum[row] - subtracted) * factor))[0];
     partial.sum[row] = partial.sum[row] * shrink + sum;
     partial.maximum[row] = largest;
   }
@@ -279,13 +279,13 @@ struct AttentionDecode {
       for (int64_t s = 0; s < splits; ++s)
         largest = partials[piece + s].maximum[row] > largest ? partials[piece + s].maximum[row] : largest;
       T subtracted = largest == T(-__builtin_inff()) ? T(0) : largest;
-      T by[wanted_pieces];
+      T by[wanted_pieces], factor = score_factor(sizes);
       for (int64_t s = 0; s < splits; ++s) {
-        by[s] = Math<T>::exp2_nonpositive(broadcast(partials[piece + s].maximum[row] - subtracted))[0];
+        by[s] = Math<T>::exp2_nonpositive(broadcast((partials[piece + s].maximum[row] - subtracted) * factor))[0];
         sum += partials[piece + s].sum[row] * by[s];
       }
       T shrink = 1;
-      if (shape.sinks) join_sink(((const T*)shape.sinks)[head], largest, sum, shrink);
+      if (shape.sinks) join_sink(((const T*)shape.sinks)[head], factor, largest, sum, shrink);
       T inverse = sum == 0 ? T(0) : shrink / sum;
       T* target = row_at<T>(call.output, batch, head, place);
       for (int64_t column = 0; column < sizes.value_size; column += L) {
@@ -295,7 +295,7 @@ struct AttentionDecode {
                                      total);
         store_partial(target + column, total * broadcast(inverse), sizes.value_size - column);
       }
-      write_row_statistics(call, batch, head, place, largest, sum);
+      write_row_statistics(call, factor, batch, head, place, largest, sum);
     }
   }
 };

@@ -16,7 +16,7 @@ template <class T>
 struct RunningSoftmax {
   static constexpr int L = lanes<T>;
   static constexpr int64_t W = panel_width<T>;
-  alignas(64) T maximum[W];  // in units of log 2
+  alignas(64) T maximum[W];  // of the scores as score_block leaves them: the largest weight is then exactly 1
   alignas(64) T sum[W];
   alignas(64) T rescale[W];  // factor for what was summed before the latest block
 
@@ -28,10 +28,10 @@ struct RunningSoftmax {
     }
   }
 
-  // scores [rows][W] become exp2(factor * score - maximum).
+  // scores [rows][W] become exp2(factor * (score - maximum)).
   FS_NOINLINE void weigh(T* scores, int64_t rows, T factor, const T* largest /* [W] */) {
     for (int half = 0; half < 2; ++half) {
-      Vec<T> before = load(maximum + half * L), top = load(largest + half * L) * broadcast(factor);
+      Vec<T> before = load(maximum + half * L), top = load(largest + half * L);
       Vec<T> now = top > before ? top : before;
       // A row that has seen nothing has no maximum to subtract.
       Vec<T> subtracted = now == negative_infinity<T>() ? broadcast(T(0)) : now;
@@ -39,11 +39,11 @@ struct RunningSoftmax {
       Vec<T> total{};
       T* place = scores + half * L;
       for (int64_t row = 0; row < rows; ++row, place += W) {
-        Vec<T> weight = Math<T>::exp2_nonpositive(fused_multiply_add(load(place), by, -subtracted));
+        Vec<T> weight = Math<T>::exp2_nonpositive((load(place) - subtracted) * by);
         total = total + weight;
         store(place, weight);
       }
-      Vec<T> shrink = Math<T>::exp2_nonpositive(before - subtracted);
+      Vec<T> shrink = Math<T>::exp2_nonpositive((before - subtracted) * by);
       store(rescale + half * L, shrink);
       store(sum + half * L, fused_multiply_add(load(sum + half * L), shrink, total));
       store(maximum + half * L, now);
@@ -51,7 +51,7 @@ struct RunningSoftmax {
   }
 };
 
-// scores [rows][W] become exp2(factor * score - maximum) for a maximum that is final.
+// scores [rows][W] become exp2(factor * (score - maximum)) for a maximum that is final.
 template <class T>
 FS_NOINLINE void final_weights(T* scores, int64_t rows, T factor, const T* maximum /* [W] */) {
   for (int half = 0; half < 2; ++half) {
@@ -59,7 +59,7 @@ FS_NOINLINE void final_weights(T* scores, int64_t rows, T factor, const T* maxim
     subtracted = subtracted == negative_infinity<T>() ? broadcast(T(0)) : subtracted;
     T* place = scores + half * lanes<T>;
     for (int64_t row = 0; row < rows; ++row, place += panel_width<T>)
-      store(place, Math<T>::exp2_nonpositive(fused_multiply_add(load(place), by, -subtracted)));
+      store(place, Math<T>::exp2_nonpositive((load(place) - subtracted) * by));
   }
 }
 
@@ -154,7 +154,7 @@ struct AttentionForward {
       int64_t all = shape.query_starts ? shape.query_starts[batch + 1] - span.query_start : shape.queries;
       for (int64_t query = span.queries; query < all; ++query) {
         memset(row_at<T>(call.output, batch, head, span.query_start + query), 0, (size_t)sizes.value_size * sizeof(T));
-        write_row_statistics(call, batch, head, span.query_start + query, T(-__builtin_inff()), T(0));
+        write_row_statistics(call, score_factor(sizes), batch, head, span.query_start + query, T(-__builtin_inff()), T(0));
         if (call.weights.data) zero_weights(batch, head, query);
       }
     }
@@ -254,10 +254,12 @@ struct AttentionForward {
     for (int64_t lane = 0; lane < W; ++lane) {
       int64_t head = panel.head(lane), row = piece.span->query_start + panel.query(lane);
       T shrink = 1;
-      if (shape.sinks) join_sink(((const T*)shape.sinks)[head], softmax.maximum[lane], softmax.sum[lane], shrink);
+      if (shape.sinks)
+        join_sink(((const T*)shape.sinks)[head], score_factor(sizes), softmax.maximum[lane], softmax.sum[lane], shrink);
       factor[lane] = weight_scale(softmax.sum[lane]) * shrink;
       row_of[lane] = row_at<T>(call.output, piece.batch, head, row);
-      if (lane < panel.rows) write_row_statistics(call, piece.batch, head, row, softmax.maximum[lane], softmax.sum[lane]);
+      if (lane < panel.rows)
+        write_row_statistics(call, score_factor(sizes), piece.batch, head, row, softmax.maximum[lane], softmax.sum[lane]);
     }
     unpack_lanes(output_panel(b, p), sizes.value_size, factor, panel.rows, row_of);
   }

@@ -14,6 +14,7 @@ struct PackedHead {
 
   T* query;                     // [panels][E][W]
   T* grad_output;               // [panels][Ev][W]
+  T* output;                    // [Ev][W], of the panel being prepared
   T* query_rows;                // [E panels][Sq][W] or NULL: as they lie
   T* grad_output_rows;          // [Ev panels][Sq][W] or NULL
   PanelScores<T>* lane_scores;  // [panels]
@@ -34,6 +35,7 @@ struct PackedHead {
     int64_t panels = (shape.queries + W - 1) / W;
     query = arena.take<T>(panels * shape.key_size * W);
     grad_output = arena.take<T>(panels * shape.value_size * W);
+    output = arena.take<T>(shape.value_size * W);
     query_rows = copies_query(call) ? arena.take<T>((shape.key_size + W - 1) / W * shape.queries * W) : nullptr;
     grad_output_rows = copies_grad_output(call) ? arena.take<T>((shape.value_size + W - 1) / W * shape.queries * W) : nullptr;
     lane_scores = arena.take<PanelScores<T>>(panels);
@@ -44,7 +46,7 @@ struct PackedHead {
   }
 
   void prepare(const fastseq_attention_backward& call, const AttentionSizes<T>& sizes, int64_t batch, int64_t head,
-               const T* deltas /* [Sq] */) const {
+               T* deltas /* [Sq], written */) const {
     const SequenceSpan& span = sizes.spans[batch];
     for (int64_t p = 0; p * W < span.queries; ++p) prepare_panel(call, sizes, batch, head, deltas, p);
     if (query_rows) pack_columns(call.query, sizes, batch, head, sizes.key_size, query_rows);
@@ -52,7 +54,7 @@ struct PackedHead {
   }
 
   void prepare_panel(const fastseq_attention_backward& call, const AttentionSizes<T>& sizes, int64_t batch, int64_t head,
-                     const T* deltas, int64_t p) const {
+                     T* deltas, int64_t p) const {
     const SequenceSpan& span = sizes.spans[batch];
     PanelScores<T>& scores = lane_scores[p];
     int64_t first = p * W;
@@ -60,16 +62,31 @@ struct PackedHead {
     if (sizes.shape.dropout > 0) dropout[p].prepare(sizes, scores.panel);
     const T* query_of[W];
     const T* gradient_of[W];
+    const T* output_of[W];
     for (int64_t lane = 0; lane < W; ++lane) {
       int64_t place = scores.panel.query(lane), row = span.query_start + place;
       query_of[lane] = row_at<T>(call.query, batch, head, row);
       gradient_of[lane] = row_at<T>(call.grad_output, batch, head, row);
+      output_of[lane] = row_at<T>(call.output, batch, head, row);
       row_maximum[first + lane] = *row_at<T>(call.row_maximum, batch, head, row);
       row_scale[first + lane] = *row_at<T>(call.row_scale, batch, head, row);
-      delta[first + lane] = deltas[place];
     }
     pack_lanes(query_of, sizes.key_size, query + p * sizes.key_size * W);
-    pack_lanes(gradient_of, sizes.value_size, grad_output + p * sizes.value_size * W);
+    T* gradient = grad_output + p * sizes.value_size * W;
+    pack_lanes(gradient_of, sizes.value_size, gradient);
+    pack_lanes(output_of, sizes.value_size, output);
+    // delta, summed in the order of dP: a row that sees one key has output = value, and the two then cancel to the last bit.
+    for (int half = 0; half < 2; ++half) {
+      Vec<T> sum{};
+      for (int64_t k = 0; k < sizes.value_size; ++k)
+        sum = fused_multiply_add(load(output + k * W + half * L), load(gradient + k * W + half * L), sum);
+      store(delta + first + half * L, sum);
+    }
+    for (int64_t lane = 0; lane < scores.panel.rows; ++lane) {
+      int64_t place = scores.panel.query(lane);
+      if (call.grad_lse.data) delta[first + lane] -= *row_at<T>(call.grad_lse, batch, head, span.query_start + place);
+      deltas[place] = delta[first + lane];
+    }
   }
 
   // target [size panels][Sq][W]: the rows of the head cut into panels of columns.

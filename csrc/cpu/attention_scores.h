@@ -247,19 +247,20 @@ FS_INLINE void weighted_sum(BlockKind kind, RowBlock<T> rows, int64_t columns, c
 // A sink joins the sum of a row that has seen some key, whose maximum and sum it changes; what was summed before is to be
 // multiplied by `shrink`. A row that has seen nothing stays empty.
 template <class T>
-FS_INLINE void join_sink(T sink, T& maximum /* in units of log 2 */, T& sum, T& shrink) {
+FS_INLINE void join_sink(T sink, T factor, T& maximum, T& sum, T& shrink) {
   if (sum == 0) return;
-  T logit = sink * T(log2_e), largest = logit > maximum ? logit : maximum;
-  shrink = Math<T>::exp2_nonpositive(broadcast(maximum - largest))[0];
-  sum = sum * shrink + Math<T>::exp2_nonpositive(broadcast(logit - largest))[0];
+  T logit = T(sink * log2_e / factor), largest = logit > maximum ? logit : maximum;
+  shrink = Math<T>::exp2_nonpositive(broadcast((maximum - largest) * factor))[0];
+  sum = sum * shrink + Math<T>::exp2_nonpositive(broadcast((logit - largest) * factor))[0];
   maximum = largest;
 }
 
 // What forward says about one row besides its output.
 template <class T>
-FS_INLINE void write_row_statistics(const fastseq_attention_forward& call, int64_t batch, int64_t head, int64_t row,
-                                    T maximum /* in units of log 2 */, T sum) {
-  if (call.lse.data) *row_at<T>(call.lse, batch, head, row) = (T)((double)maximum * ln_2 + __builtin_log((double)sum));
+FS_INLINE void write_row_statistics(const fastseq_attention_forward& call, T factor, int64_t batch, int64_t head, int64_t row,
+                                    T maximum, T sum) {
+  if (call.lse.data)
+    *row_at<T>(call.lse, batch, head, row) = (T)((double)maximum * (double)factor * ln_2 + __builtin_log((double)sum));
   if (call.row_maximum.data) {
     *row_at<T>(call.row_maximum, batch, head, row) = maximum == T(-__builtin_inff()) ? T(0) : maximum;
     *row_at<T>(call.row_scale, batch, head, row) = sum == 0 ? T(0) : 1 / sum;
