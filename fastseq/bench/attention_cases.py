@@ -26,7 +26,8 @@ class AttentionOptions:
         dropout: Probability of dropping a weight.
         ragged: Key lengths uniform from an eighth of Skv to Skv, given as a key padding mask.
         need_weights: The module also returns the weights' mean over heads.
-        probes: Names of extra measurements; there are none for attention so far.
+        probes: Names of extra measurements; "read_bandwidth" sets the traffic beside what the
+            machine reads.
     """
 
     causal: bool = False
@@ -232,8 +233,13 @@ def attention_suite() -> list[AttentionCase]:
                 make_attention_case(direction, B=8, H=8, S=256, E=64, layer="mha", options=options)
             )
     cases.append(make_attention_case("inference", B=1, H=8, S=1, E=64))
+    options = AttentionOptions(probes=("read_bandwidth",))
     for Hkv in (32, 8):
-        cases.append(make_attention_case("inference", B=1, H=32, Hkv=Hkv, S=1, Skv=4096, E=128))
+        cases.append(
+            make_attention_case(
+                "inference", B=1, H=32, Hkv=Hkv, S=1, Skv=4096, E=128, options=options
+            )
+        )
     for options, lengths in (
         (AttentionOptions(causal=True), _CAUSAL_LENGTHS),
         (AttentionOptions(window=(256, 0)), _WINDOW_LENGTHS),

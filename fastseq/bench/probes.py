@@ -96,6 +96,20 @@ def _ordinary_state(built: BuiltCase) -> torch.Tensor | tuple[torch.Tensor, torc
     return None if built.state is None else torch.rand_like(built.state)
 
 
+_READ_BYTES = 256 << 20  # beyond any cache
+
+
+def read_bandwidth() -> float:
+    """Bytes per second at which all threads together read memory, by summing a large array."""
+    values = torch.zeros(_READ_BYTES // 4)
+    times = []
+    for _ in range(7):
+        start = perf_counter()
+        values.sum()
+        times.append(perf_counter() - start)
+    return _READ_BYTES / statistics.median(times[1:])
+
+
 PROBES: dict[str, Callable[[BuiltCase, str, float], dict[str, float]]] = {
     "first_call": first_call,
     "shape_sweep": shape_sweep,

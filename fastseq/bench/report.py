@@ -219,21 +219,30 @@ def _readme_machine(machine: dict[str, Any]) -> str:
 def fill_markers(text: str, results: Sequence[CaseResult], machine: dict[str, Any]) -> str:
     """Replace what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->``.
 
+    Markers of the other suite stay as they are: a document may show both.
+
     Raises:
         ValueError: The text has no marker, or one with an unknown name.
     """
-    blocks: dict[str, Callable[[], str]] = {
+    recurrent: dict[str, Callable[[], str]] = {
         "inference": lambda: _readme_table(results, "inference"),
         "training": lambda: _readme_table(results, "training"),
-        "attention": lambda: _readme_attention(results),
         "machine": lambda: _readme_machine(machine),
     }
+    attention: dict[str, Callable[[], str]] = {
+        "attention": lambda: _readme_attention(results),
+        "attention_machine": lambda: _readme_machine(machine),
+    }
+    shown = recurrent if any(isinstance(r.case, Case) for r in results) else attention
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
-        if name not in blocks:
-            raise ValueError(f"unknown marker bench:{name}; known: {', '.join(blocks)}")
-        return f"<!-- bench:{name} -->\n{blocks[name]()}\n<!-- /bench -->"
+        if name not in recurrent | attention:
+            known = ", ".join(recurrent | attention)
+            raise ValueError(f"unknown marker bench:{name}; known: {known}")
+        if name not in shown:
+            return match[0]
+        return f"<!-- bench:{name} -->\n{shown[name]()}\n<!-- /bench -->"
 
     pattern = r"<!-- bench:(?P<name>\w+) -->.*?<!-- /bench -->"
     filled, count = re.subn(pattern, fill, text, flags=re.DOTALL)

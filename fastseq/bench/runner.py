@@ -12,7 +12,7 @@ from fastseq.bench import attention, onnx_peer
 from fastseq.bench.build import BuiltCase, build, functional_call, layer_call
 from fastseq.bench.cases import AnyCase, Case
 from fastseq.bench.gate import GateResult, check, check_output
-from fastseq.bench.probes import PROBES, ProbeSkippedError
+from fastseq.bench.probes import PROBES, ProbeSkippedError, read_bandwidth
 from fastseq.bench.timing import Timing, interleave
 
 OURS = "fastseq"
@@ -116,6 +116,9 @@ def run_case(case: AnyCase, *, suite: str = "rnn", seconds: float = 2.0) -> Case
                 for name, library in libraries.items()
             }
             _time(result, calls, seconds)
+            if "read_bandwidth" in case.options.probes:
+                rate = case.bytes() / result.timings[OURS].median_s
+                result.probes["share_of_read_bandwidth"] = rate / read_bandwidth()
         return result
     built = build(case)
     result = CaseResult(case, check(built))
