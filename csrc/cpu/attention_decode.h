@@ -133,14 +133,15 @@ struct AttentionDecode {
     RowBlock<T> values = key_rows<T>(shape, call.value, span, batch, kv_head, keys, sizes.value_size, nullptr);
     products(key_block_rows, keys.count(), query, rows, row_scores);
     bool in_window = unmarked || lanes_of_rows.all_in_window(keys);
-    bool partly = !in_window || seen == Seen::some || shape.bias.data;
+    bool partly = !in_window || seen == Seen::some;
     if (partly || !sizes.plain_scores()) {
       // The rules for scores are written for queries in lanes.
       T* panel = panels + rank * key_block * W;
       alignas(64) T largest[W];
       for (int64_t k = 0; k < keys.count(); ++k)
         for (int64_t lane = 0; lane < W; ++lane) panel[k * W + lane] = row_scores[minimum(lane, rows - 1) * score_stride + k];
-      lanes_of_rows.adjust(keys, in_window, seen == Seen::some, panel, largest);
+      bool hides = lanes_of_rows.adjust(keys, in_window, seen == Seen::some, panel, largest);
+      partly = partly || hides;
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t k = 0; k < keys.count(); ++k) row_scores[row * score_stride + k] = panel[k * W + row];
     }

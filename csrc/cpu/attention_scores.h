@@ -120,11 +120,12 @@ struct PanelScores {
 
   // products[k - keys.begin] -> scores in place, -Inf where a pair is hidden; `largest` becomes their maximum per lane.
   // Unless the scores are plain they leave here in natural units, else as unscaled products.
-  // cap_slope, where given, takes the derivative of the soft-cap.
-  FS_NOINLINE void adjust(Range keys, bool in_window, bool masked, T* products, T* largest, T* cap_slope = nullptr) const {
+  // cap_slope, where given, takes the derivative of the soft-cap. True if the bias hides a pair.
+  FS_NOINLINE bool adjust(Range keys, bool in_window, bool masked, T* products, T* largest, T* cap_slope = nullptr) const {
     const fastseq_attention_shape& shape = sizes->shape;
     bool transforms = !sizes->plain_scores();
     T scale = (T)shape.scale, cap = (T)shape.softcap, inverse_cap = shape.softcap ? T(1 / shape.softcap) : T(0);
+    bool only_bias = bias[0] && cap == 0 && !shape.alibi_slopes && in_window && !masked, hides = false;
     for (int half = 0; half < 2; ++half) {
       Vec<T> top = negative_infinity<T>();
       Vec<T> at = load(position + half * L), slopes = load(slope + half * L);
@@ -140,6 +141,17 @@ struct PanelScores {
         Vec<T> addend[L], keep[L];
         if (bias[0]) load_block(bias + half * L, shape.bias, first, count, addend);
         if (masked && mask[0]) load_block(mask + half * L, shape.mask, first, count, keep);
+        bool hides_here = bias[0] && holds_negative_infinity(addend, count);
+        hides = hides || hides_here;
+        if (only_bias && !hides_here) {
+          T* place = products + (first - keys.begin) * W + half * L;
+          for (int64_t j = 0; j < count; ++j, place += W) {
+            Vec<T> score = fused_multiply_add(load(place), broadcast(scale), addend[j]);
+            store(place, score);
+            top = at_least(top, score);
+          }
+          continue;
+        }
         for (int64_t j = 0; j < count; ++j) {
           int64_t row = first + j - keys.begin;
           T* place = products + row * W + half * L;
@@ -152,7 +164,7 @@ struct PanelScores {
               if (cap_slope) store(cap_slope + row * W + half * L, fused_negate_multiply_add(bent, bent, broadcast(T(1))));
             }
             if (bias[0]) {
-              score = score + addend[j];
+              score = cap != 0 ? score + addend[j] : fused_multiply_add(load(place), broadcast(scale), addend[j]);
               score = addend[j] == negative_infinity<T>() ? negative_infinity<T>() : score;
             }
             if (shape.alibi_slopes) {
@@ -175,6 +187,14 @@ struct PanelScores {
       }
       store(largest + half * L, top);
     }
+    return hides;
+  }
+  static FS_INLINE bool holds_negative_infinity(const Vec<T>* rows, int64_t count) {
+    IntVec<T> found{};
+    for (int64_t j = 0; j < count; ++j) found |= (IntVec<T>)(rows[j] == negative_infinity<T>());
+    Integer any = 0;
+    for (int lane = 0; lane < L; ++lane) any |= found[lane];
+    return any != 0;
   }
 };
 
@@ -194,8 +214,11 @@ FS_INLINE BlockKind score_block(const PanelScores<T>& lane_scores, const T* quer
   store(largest, negative_infinity<T>());
   store(largest + lanes<T>, negative_infinity<T>());
   multiply_rows(key_rows.data, key_rows.stride, keys.count(), query_panel, sizes.key_size, scores, largest);
-  bool partial = !in_window || seen == Seen::some || lane_scores.bias[0];
-  if (partial || !sizes.plain_scores()) lane_scores.adjust(keys, in_window, seen == Seen::some, scores, largest, cap_slope);
+  bool partial = !in_window || seen == Seen::some;
+  if (partial || !sizes.plain_scores()) {
+    bool hides = lane_scores.adjust(keys, in_window, seen == Seen::some, scores, largest, cap_slope);
+    partial = partial || hides;
+  }
   return partial ? BlockKind::partial : BlockKind::whole;
 }
 
