@@ -32,6 +32,7 @@ report: $(VENV)/.bench  ## measure every peer, then redo the README's tables and
 	$(BIN)/python -m fastseq.bench readme benchmarks/results/rnn.json README.md
 	$(BIN)/python -m fastseq.bench readme benchmarks/results/attention.json README.md
 	$(BIN)/python -m fastseq.bench plot benchmarks/results/rnn.json --output docs/figures/rnn-speedups.svg
+	$(BIN)/python -m fastseq.bench plot benchmarks/results/attention.json --output docs/figures/attention-speedups.svg
 
 lint: $(VENV)/.lint  ## check style and types
 	$(BIN)/ruff check .
