@@ -116,9 +116,6 @@ def test_gate_passes(case: AttentionCase) -> None:
     assert names == wanted
 
 
-@pytest.mark.skipif(
-    not hasattr(fastseq.nn, "MultiheadAttention"), reason="this build has no MultiheadAttention"
-)
 @pytest.mark.parametrize("case", MODULE_CASES, ids=by_name)
 def test_gate_of_the_module(case: AttentionCase) -> None:
     result = attention.check(attention.build(case))
