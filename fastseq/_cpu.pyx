@@ -20,6 +20,10 @@ from fastseq._core cimport (
     fastseq_isa_name,
     fastseq_isa_usable,
     fastseq_kernel_table,
+    fastseq_linear_backward,
+    fastseq_linear_forward,
+    fastseq_linear_shape,
+    fastseq_matrix,
     fastseq_max_threads,
     fastseq_openmp_library,
     fastseq_rnn_backward,
@@ -37,7 +41,7 @@ from fastseq._dlpack cimport DLPACK_CPU, DLPACK_FLOAT, DLPackExchangeAPI, DLTens
 cdef const fastseq_kernel_table* active = fastseq_table(0)
 
 CELLS = {fastseq_cell_name(i).decode(): i for i in range(FASTSEQ_CELL_COUNT)}
-UNARY = {"exp": 0, "tanh": 1, "sigmoid": 2}
+UNARY = {"exp": 0, "tanh": 1, "sigmoid": 2, "gelu": 3, "gelu_tanh": 4, "silu": 5}
 
 
 def isa_built():
@@ -87,7 +91,7 @@ def fma_gflops(int dtype, int threads, double seconds):
 
 
 def unary(int function, int dtype, input, output):
-    """Elementwise exp, tanh or sigmoid over contiguous tensors of the same length."""
+    """One of the elementwise functions of `UNARY` over contiguous tensors of the same length."""
     cdef const void* source = address(input)
     cdef void* target = address(output)
     cdef int64_t count = input.numel()
@@ -311,3 +315,4 @@ def plain_layer(int cell, int gates, bint has_cell, int threads, input, hx, cx, 
 
 
 include "_cpu_attention.pxi"
+include "_cpu_linear.pxi"
