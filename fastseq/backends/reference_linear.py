@@ -71,7 +71,7 @@ def drop(tensor: Tensor, keep: Tensor | None, probability: float) -> Tensor:
     if keep is None:
         return tensor
     scale = 1 / (1 - probability) if probability < 1 else 0.0
-    return tensor * (keep * scale).to(tensor.dtype)
+    return tensor * (keep.to(tensor.dtype) * scale)
 
 
 def linear(
