@@ -237,7 +237,11 @@ def test_whole_transformer(training: bool, calls: list[Any]) -> None:
     }
     expected = model(source, target, **arguments)
     report = convert(model)
-    assert len(report.converted) == 6
+    names = [row.fqn.rpartition(".")[2] for row in report.converted]
+    assert sum(name in ("self_attn", "multihead_attn") for name in names) == 6
+    assert sum(name in ("linear1", "linear2") for name in names) == 8
+    assert "out_proj" not in names, "a part of its attention layer"
+    assert not report.skipped
     actual = model(source, target, **arguments)
     assert len(calls) == 6
     torch.testing.assert_close(actual, expected, **CLOSE)
