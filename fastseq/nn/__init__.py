@@ -3,6 +3,7 @@
 from fastseq.nn.attention import MultiheadAttention
 from fastseq.nn.cache import KeyValueCache
 from fastseq.nn.cells import GRUCell, LSTMCell, RNNCell
+from fastseq.nn.norm import LayerNorm, RMSNorm
 from fastseq.nn.rnn import GRU, LSTM, RNN
 from fastseq.nn.rotary import RotaryEmbedding
 
@@ -13,7 +14,9 @@ __all__ = [
     "GRUCell",
     "KeyValueCache",
     "LSTMCell",
+    "LayerNorm",
     "MultiheadAttention",
+    "RMSNorm",
     "RNNCell",
     "RotaryEmbedding",
 ]
