@@ -12,6 +12,7 @@ made of differentiable torch operators.
 from __future__ import annotations
 
 from fastseq._ops.attention import attention, plain_attention
+from fastseq._ops.linear import linear, plain_linear
 from fastseq._ops.norm import norm, plain_norm
 from fastseq._ops.recurrent import plain_layer, rnn_cell, rnn_layer
 from fastseq._ops.shared import library
@@ -19,9 +20,11 @@ from fastseq._ops.shared import library
 __all__ = [
     "attention",
     "library",
+    "linear",
     "norm",
     "plain_attention",
     "plain_layer",
+    "plain_linear",
     "plain_norm",
     "rnn_cell",
     "rnn_layer",

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastseq import _ops
 from fastseq._checks import norm as _checks
+from fastseq._dropout import draw_seed
 from fastseq._norm import NormOptions
 from fastseq.backends import FUSED_DTYPES, fallback_reason, reference_norm, warn_fallback
-from fastseq.functional.attention import draw_seed
 
 __all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
 

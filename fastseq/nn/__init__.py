@@ -3,6 +3,7 @@
 from fastseq.nn.attention import MultiheadAttention
 from fastseq.nn.cache import KeyValueCache
 from fastseq.nn.cells import GRUCell, LSTMCell, RNNCell
+from fastseq.nn.linear import Linear
 from fastseq.nn.norm import LayerNorm, RMSNorm
 from fastseq.nn.rnn import GRU, LSTM, RNN
 from fastseq.nn.rotary import RotaryEmbedding
@@ -15,6 +16,7 @@ __all__ = [
     "KeyValueCache",
     "LSTMCell",
     "LayerNorm",
+    "Linear",
     "MultiheadAttention",
     "RMSNorm",
     "RNNCell",
