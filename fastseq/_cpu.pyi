@@ -175,4 +175,31 @@ def plain_norm(
     eps: float | None,
     rms: bool,
     want_sum: bool,
-) -> Tensor | tuple[Tensor, Tensor] | None: ...
+) -> Tensor | tuple[Tensor, Tensor] | bool | None: ...
+def dense_norm_forward(
+    threads: int,
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dims: int,
+    eps: float,
+    rms: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+    want_sum: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None: ...
+def dense_norm_backward(
+    threads: int,
+    grad_output: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    statistics: Tensor,
+    dims: int,
+    rms: bool,
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None: ...
