@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Masks", "Sizes", "check_call", "check_sizes", "masks"]
+from fastseq.nn.cache import KeyValueCache
+
+__all__ = ["Masks", "Plan", "Sizes", "check_call", "check_extras", "check_sizes", "masks"]
 
 
 class Sizes(NamedTuple):
@@ -42,6 +44,13 @@ class Masks:
             self.bias = pad(self.bias, (0, count))
         if self.key_padding_mask is not None:
             self.key_padding_mask = pad(self.key_padding_mask, (0, count), value=False)
+
+
+class Plan(NamedTuple):
+    """A call whose arguments have been checked."""
+
+    sizes: Sizes
+    masks: Masks
 
 
 def check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int | None) -> None:
@@ -133,6 +142,39 @@ def check_call(
                 f"key_padding_mask must have shape {expected}, got {tuple(key_padding_mask.shape)}"
             )
     return sizes
+
+
+def check_extras(
+    module: torch.nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    cache: KeyValueCache | None,
+    positions: Tensor | None,
+    sizes: Sizes,
+) -> None:
+    """What torch's module has not: a cache, and positions for a rotary embedding."""
+    new_keys = sizes.keys - (0 if cache is None else cache.length)
+    if cache is not None:
+        if module.bias_k is not None or module.add_zero_attn:
+            raise ValueError("cache cannot be combined with add_bias_kv or add_zero_attn")
+        if new_keys != sizes.queries:
+            raise ValueError(
+                "key must have the positions of query where a cache is given: "
+                f"expected {sizes.queries}, got {new_keys}"
+            )
+    if positions is not None:
+        if "rope" not in module._modules:
+            raise ValueError("positions must be None in a layer without rope")
+        if new_keys != sizes.queries:
+            raise ValueError(
+                "positions must be None where query and key have different lengths: "
+                f"got {sizes.queries} and {new_keys}"
+            )
+        if positions.shape not in ((sizes.queries,), (sizes.batch, sizes.queries)):
+            raise ValueError(
+                f"positions must have shape {(sizes.queries,)} or "
+                f"{(sizes.batch, sizes.queries)}, got {tuple(positions.shape)}"
+            )
 
 
 def _check_ranks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import torch
@@ -224,6 +225,33 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 is_causal,
             )
         held = 0 if cache is None else cache.length
+        plan = self._plan(
+            query, key, value, key_padding_mask, attn_mask, is_causal, need_weights, cache
+        )
+        if cache is not None or positions is not None:
+            arguments.check_extras(self, query, key, cache, positions, plan.sizes)
+        q, k, v = (
+            self._split_heads(tensor, plan.sizes.batched)
+            for tensor in self._project(query, key, value)
+        )
+        if rope is not None:
+            q, k = self._rotate(rope, q, k, positions, held)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return self._attend(q, k, v, plan, need_weights, average_attn_weights)
+
+    def _plan(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        need_weights: bool = False,
+        cache: KeyValueCache | None = None,
+    ) -> arguments.Plan:
+        """Check the arguments of a call; the answer fits every layer of a stack."""
         sizes = arguments.check_call(
             query,
             key,
@@ -231,7 +259,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             key_padding_mask,
             attn_mask,
             is_causal and cache is None,
-            held,
+            0 if cache is None else cache.length,
             self.embed_dim,
             self.num_heads,
             self.in_proj_weight is not None,
@@ -240,8 +268,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             self.batch_first,
             self.out_proj.weight,
         )
-        if cache is not None or positions is not None:
-            self._check_extras(query, key, cache, positions, sizes)
         masks = arguments.masks(
             attn_mask,
             key_padding_mask,
@@ -253,16 +279,49 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             # Appended keys are for all queries; as the causal mask it would hide them.
             check_hint=self.bias_k is None and not self.add_zero_attn,
         )
-
-        projected = self._project(query, key, value)
-        q, k, v = (self._split_heads(tensor, sizes.batched) for tensor in projected)
-        if rope is not None:
-            q, k = self._rotate(rope, q, k, positions, held)
         if cache is not None:
-            k, v = cache.append(k, v)
             masks.causal = masks.bottom_right = True
-        k, v, sinks = self._append_keys(k, v, masks, need_weights)
+        return arguments.Plan(sizes, masks)
 
+    def _attend_to(
+        self,
+        query: Tensor,
+        memory: Tensor,
+        plan: arguments.Plan,
+        residual: Tensor,
+        dropout_p: float,
+    ) -> Tensor:
+        """``residual + dropout(forward(query, memory, memory))``."""
+        batched = plan.sizes.batched
+        q, k, v = (
+            self._split_heads(tensor, batched) for tensor in self._project(query, memory, memory)
+        )
+        rope = self._modules.get("rope")
+        if rope is not None:
+            q, k = self._rotate(rope, q, k, None, 0)
+        return self._attend(q, k, v, plan, residual=residual, dropout_p=dropout_p)[0]
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: arguments.Plan,
+        need_weights: bool = False,
+        average_attn_weights: bool = True,
+        residual: Tensor | None = None,
+        dropout_p: float = 0.0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """From projected heads ``(B, H, S, E)`` on: attention and the output projection.
+
+        ``dropout_p`` is the probability of dropping an element of the output before ``residual``
+        is added.
+        """
+        sizes, masks = plan
+        sinks = None
+        if self.bias_k is not None or self.add_zero_attn:
+            masks = dataclasses.replace(masks)
+            k, v, sinks = self._append_keys(k, v, masks, need_weights)
         result = functional.attention(
             q,
             k,
@@ -281,38 +340,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if weights is not None and not sizes.batched:
             weights = weights.squeeze(0)
         merged = self._merge_heads(attended, sizes.batched)
-        return linear(merged, self.out_proj.weight, self.out_proj.bias), weights
-
-    def _check_extras(
-        self,
-        query: Tensor,
-        key: Tensor,
-        cache: KeyValueCache | None,
-        positions: Tensor | None,
-        sizes: arguments.Sizes,
-    ) -> None:
-        new_keys = sizes.keys - (0 if cache is None else cache.length)
-        if cache is not None:
-            if self.bias_k is not None or self.add_zero_attn:
-                raise ValueError("cache cannot be combined with add_bias_kv or add_zero_attn")
-            if new_keys != sizes.queries:
-                raise ValueError(
-                    "key must have the positions of query where a cache is given: "
-                    f"expected {sizes.queries}, got {new_keys}"
-                )
-        if positions is not None:
-            if "rope" not in self._modules:
-                raise ValueError("positions must be None in a layer without rope")
-            if new_keys != sizes.queries:
-                raise ValueError(
-                    "positions must be None where query and key have different lengths: "
-                    f"got {sizes.queries} and {new_keys}"
-                )
-            if positions.shape not in ((sizes.queries,), (sizes.batch, sizes.queries)):
-                raise ValueError(
-                    f"positions must have shape {(sizes.queries,)} or "
-                    f"{(sizes.batch, sizes.queries)}, got {tuple(positions.shape)}"
-                )
+        out = self.out_proj
+        return linear(merged, out.weight, out.bias, None, residual, dropout_p=dropout_p), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of all heads, by as few products as there are inputs."""
