@@ -12,7 +12,17 @@ operators.
 from __future__ import annotations
 
 from fastseq._ops.attention import attention, plain_attention
+from fastseq._ops.linear import linear, plain_linear
 from fastseq._ops.recurrent import plain_layer, rnn_cell, rnn_layer
 from fastseq._ops.shared import library
 
-__all__ = ["attention", "library", "plain_attention", "plain_layer", "rnn_cell", "rnn_layer"]
+__all__ = [
+    "attention",
+    "library",
+    "linear",
+    "plain_attention",
+    "plain_layer",
+    "plain_linear",
+    "rnn_cell",
+    "rnn_layer",
+]

@@ -7,6 +7,7 @@ them out, and :func:`torch.nn.functional.scaled_dot_product_attention`.
 from __future__ import annotations
 
 from fastseq.functional.attention import attention, attention_paged, attention_varlen
+from fastseq.functional.linear import linear
 from fastseq.functional.recurrent import (
     Lengths,
     States,
@@ -29,6 +30,7 @@ __all__ = [
     "attention_varlen",
     "gru",
     "gru_cell",
+    "linear",
     "lstm",
     "lstm_cell",
     "rnn",

@@ -22,6 +22,7 @@ from fastseq._attention import (
     Terms,
 )
 from fastseq._checks import attention as _checks
+from fastseq._dropout import draw_seed
 from fastseq.backends import fallback_reason, reference_attention, warn_fallback
 
 __all__ = [
@@ -331,13 +332,6 @@ def default_scale(query: Tensor, scale: float | None) -> float:
         return float(scale)
     size = query.shape[-1]
     return 1 / math.sqrt(size) if size else 1.0
-
-
-def draw_seed(dropout_p: float) -> Tensor | None:
-    """Key and offset of the dropout's generator, from torch's default one."""
-    if not dropout_p > 0:
-        return None
-    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device="cpu")
 
 
 def bias_like(bias: Tensor, query: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from fastseq.nn.attention import MultiheadAttention
 from fastseq.nn.cache import KeyValueCache
 from fastseq.nn.cells import GRUCell, LSTMCell, RNNCell
+from fastseq.nn.linear import Linear
 from fastseq.nn.rnn import GRU, LSTM, RNN
 from fastseq.nn.rotary import RotaryEmbedding
 
@@ -13,6 +14,7 @@ __all__ = [
     "GRUCell",
     "KeyValueCache",
     "LSTMCell",
+    "Linear",
     "MultiheadAttention",
     "RNNCell",
     "RotaryEmbedding",

@@ -11,8 +11,8 @@ from torch.nn import Parameter, init
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastseq import functional
-from fastseq._linear import linear
 from fastseq.backends import fallback_reason, warn_fallback
+from fastseq.functional import linear
 from fastseq.nn import _attention_arguments as arguments
 from fastseq.nn._attention_fallback import run_nested, run_torch
 from fastseq.nn.cache import KeyValueCache
