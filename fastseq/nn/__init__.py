@@ -4,6 +4,7 @@ from fastseq.nn.attention import MultiheadAttention
 from fastseq.nn.cache import KeyValueCache
 from fastseq.nn.cells import GRUCell, LSTMCell, RNNCell
 from fastseq.nn.linear import Linear
+from fastseq.nn.norm import LayerNorm, RMSNorm
 from fastseq.nn.rnn import GRU, LSTM, RNN
 from fastseq.nn.rotary import RotaryEmbedding
 
@@ -14,8 +15,10 @@ __all__ = [
     "GRUCell",
     "KeyValueCache",
     "LSTMCell",
+    "LayerNorm",
     "Linear",
     "MultiheadAttention",
+    "RMSNorm",
     "RNNCell",
     "RotaryEmbedding",
 ]
