@@ -14,7 +14,17 @@ from torch.nn.functional import pad
 
 from fastseq.nn.cache import KeyValueCache
 
-__all__ = ["Masks", "Plan", "Sizes", "check_call", "check_extras", "check_sizes", "masks"]
+__all__ = [
+    "Masks",
+    "Plan",
+    "Sizes",
+    "check_attention_mask",
+    "check_call",
+    "check_extras",
+    "check_sizes",
+    "is_readable",
+    "masks",
+]
 
 
 class Sizes(NamedTuple):
@@ -134,7 +144,7 @@ def check_call(
             )
         sizes = Sizes(True, batch, query.size(steps_at), key.size(steps_at) + held)
     if attn_mask is not None:
-        _check_attention_mask(attn_mask, sizes, num_heads)
+        check_attention_mask(attn_mask, sizes, num_heads)
     if key_padding_mask is not None:
         expected = (sizes.batch, sizes.keys) if batched else (sizes.keys,)
         if key_padding_mask.shape != expected:
@@ -202,7 +212,7 @@ def _check_ranks(
     return rank == 3
 
 
-def _check_attention_mask(attn_mask: Tensor, sizes: Sizes, num_heads: int) -> None:
+def check_attention_mask(attn_mask: Tensor, sizes: Sizes, num_heads: int) -> None:
     expected: tuple[int, ...] = (sizes.queries, sizes.keys)
     if attn_mask.dim() == 3:
         expected = (sizes.batch * num_heads, *expected)
@@ -259,7 +269,7 @@ def masks(
     return result
 
 
-def _readable(mask: Tensor) -> bool:
+def is_readable(mask: Tensor) -> bool:
     """Whether Python may look at the values without cost to a recording, compiler or gradient."""
     return (
         type(mask) is Tensor
@@ -274,7 +284,7 @@ def _readable(mask: Tensor) -> bool:
 
 def _is_causal(mask: Tensor) -> bool:
     """Whether a 2-D mask hides exactly the keys after each query's own position."""
-    if mask.dim() != 2 or not _readable(mask):
+    if mask.dim() != 2 or not is_readable(mask):
         return False
     causal = torch.ones(mask.shape, dtype=torch.bool).triu_(1)
     if mask.dtype == torch.bool:
@@ -284,4 +294,4 @@ def _is_causal(mask: Tensor) -> bool:
 
 def _hides_or_shows(mask: Tensor) -> bool:
     """Whether a float mask holds nothing but 0 and -inf."""
-    return _readable(mask) and bool(((mask == 0) | (mask == float("-inf"))).all())
+    return is_readable(mask) and bool(((mask == 0) | (mask == float("-inf"))).all())
