@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastseq import functional, integrations, nn
-    from fastseq._config import backend, capabilities, isa, set_isa
+    from fastseq._config import backend, capabilities, isa, linear_product, set_isa
     from fastseq.backends import FastseqFallbackWarning
     from fastseq.convert import Report, convert, revert
     from fastseq.patch import patch_sdpa
@@ -31,6 +31,7 @@ _HOME = {
     "capabilities": "_config",
     "convert": "convert",
     "isa": "_config",
+    "linear_product": "_config",
     "patch_sdpa": "patch",
     "revert": "convert",
     "set_isa": "_config",
@@ -47,6 +48,7 @@ __all__ = [
     "functional",
     "integrations",
     "isa",
+    "linear_product",
     "nn",
     "patch_sdpa",
     "revert",
