@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn as torch_nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastseq import nn as fast_nn
 from fastseq.backends import FUSED_DTYPES
@@ -36,6 +37,7 @@ REGISTRY: dict[type[torch_nn.Module], type[torch_nn.Module]] = {
     torch_nn.LSTMCell: fast_nn.LSTMCell,
     torch_nn.GRUCell: fast_nn.GRUCell,
     torch_nn.MultiheadAttention: fast_nn.MultiheadAttention,
+    torch_nn.Linear: fast_nn.Linear,
 }
 _REVERSE = {fast: plain for plain, fast in REGISTRY.items()}
 _NAMES = {plain.__name__ for plain in REGISTRY}
@@ -160,7 +162,9 @@ def convert(
     of them along with their parts. A layer that appears several times in the tree is swapped once.
     Layers that cannot be swapped are left as they are, each with its reason in the report:
     subclasses, parametrized, pruned or otherwise recomputed weights, quantized and TorchScript
-    modules, dtypes and devices without fused kernels, instances whose ``forward`` was replaced.
+    modules, dtypes and devices without fused kernels, instances whose ``forward`` was replaced. The
+    output projection inside an attention layer is part of that layer, which reads its weights and
+    never calls it, and is not listed.
 
     Args:
         model: the model; it may itself be such a layer.
@@ -181,9 +185,10 @@ def convert(
     _check_model(model)
     rows: list[Row] = []
     chosen: list[torch_nn.Module] = []
+    parts = _attention_parts(model)
     for module, fqns in _unique_modules(model):
         names = _old_and_new(module)
-        if names is None:
+        if names is None or id(module) in parts:
             continue
         status, reason = "converted", ""
         if not any(_matches(include, fqn, module, default=True) for fqn in fqns):
@@ -263,6 +268,16 @@ def _unique_modules(
     for fqn, module in model.named_modules(remove_duplicate=False):
         found.setdefault(id(module), (module, []))[1].append(fqn)
     return found.values()
+
+
+def _attention_parts(model: torch_nn.Module) -> set[int]:
+    """The output projections of attention layers, by identity."""
+    return {
+        id(module.out_proj)
+        for module in model.modules()
+        if isinstance(module, torch_nn.MultiheadAttention)
+        and isinstance(module.out_proj, NonDynamicallyQuantizableLinear)
+    }
 
 
 def _rows(fqns: Sequence[str], old: str, new: str, status: str, reason: str) -> Iterator[Row]:
@@ -345,6 +360,8 @@ def _weight_names(module: torch_nn.Module) -> Sequence[str]:
         return _ATTENTION_WEIGHTS
     if isinstance(module, _STACKS):
         return ()
+    if isinstance(module, torch_nn.Linear):
+        return ("weight", "bias")
     return ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 

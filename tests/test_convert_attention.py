@@ -246,6 +246,11 @@ def test_whole_transformer(training: bool, calls: list[Any]) -> None:
     assert kinds[:3] == ["Transformer", "TransformerEncoder", "TransformerEncoderLayer"]
     assert kinds.count("MultiheadAttention") == 6
     assert kinds.count("TransformerDecoderLayer") == 2
+    names = [row.fqn.rpartition(".")[2] for row in report.converted]
+    assert sum(name in ("self_attn", "multihead_attn") for name in names) == 6
+    assert sum(name in ("linear1", "linear2") for name in names) == 8
+    assert "out_proj" not in names, "a part of its attention layer"
+    assert not report.skipped
     actual = model(source, target, **arguments)
     assert len(calls) == 6
     torch.testing.assert_close(actual, expected, **CLOSE)

@@ -23,7 +23,7 @@ TRANSFORMERS = (
     "TransformerEncoder",
     "Transformer",
 )
-NAMES = (*RECURRENT, "MultiheadAttention", *TRANSFORMERS)
+NAMES = (*RECURRENT, "MultiheadAttention", "Linear", *TRANSFORMERS)
 # These have dozens of samples, for masks that make no difference to what a module holds.
 STRIDE = {name: 5 if name in TRANSFORMERS else 1 for name in NAMES}
 INFOS = {
@@ -112,7 +112,7 @@ def test_outputs_and_gradients(name: str, training: bool, dtype: torch.dtype) ->
         actual, actual_grads = outputs_and_gradients(ours, sample)
         tolerance = TOLERANCE[dtype]
         if name not in RECURRENT:
-            # Their samples go up to 9 and have no tanh to bound what becomes of them.
+            # Samples go up to 9 and there is no tanh to bound what becomes of them.
             tolerance *= max(float(x.detach().abs().max()) for x in (*expected, *expected_grads))
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(actual_grads, expected_grads, rtol=tolerance, atol=tolerance)
