@@ -67,11 +67,11 @@ def dropout_keep(seed: Tensor | None, probability: float, like: Tensor) -> Tenso
 
 
 def drop(tensor: Tensor, keep: Tensor | None, probability: float) -> Tensor:
-    """Zero where not kept, and divide the rest by ``1 - probability``."""
+    """Divide what is kept by ``1 - probability`` and multiply the rest by zero, as torch does."""
     if keep is None:
         return tensor
-    scale = 1 / (1 - probability) if probability < 1 else 1.0
-    return torch.where(keep, tensor * scale, 0.0)
+    scale = 1 / (1 - probability) if probability < 1 else 0.0
+    return tensor * (keep.to(tensor.dtype) * scale)
 
 
 def linear(
