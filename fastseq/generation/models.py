@@ -50,11 +50,6 @@ class Model(Protocol):
         """
 
 
-_ENCODER_DECODER = (torch.nn.Transformer, fast_nn.Transformer)
-_DECODER = (torch.nn.TransformerDecoder, fast_nn.TransformerDecoder)
-_ENCODER = (torch.nn.TransformerEncoder, fast_nn.TransformerEncoder)
-
-
 def as_model(
     model: Any, embed: Embed | None, project: Project | None, source_embed: Embed | None
 ) -> Any:
@@ -68,18 +63,22 @@ def as_model(
         if value is not None and not callable(value):
             raise TypeError(f"{name} must be callable, got {type(value).__name__}")
     kind = type(model).__name__
-    if isinstance(model, _ENCODER_DECODER + _DECODER + _ENCODER):
+    # Those of fastseq.nn derive from these.
+    stacks = (torch.nn.Transformer, torch.nn.TransformerDecoder, torch.nn.TransformerEncoder)
+    if isinstance(model, stacks):
         if embed is None or project is None:
             missing = "embed" if embed is None else "project"
             raise TypeError(
                 f"{missing} must be given for a bare {kind}: embed(tokens, start) makes vectors "
                 "of tokens, project(vectors) logits of vectors"
             )
-        if isinstance(model, _ENCODER_DECODER):
+        if isinstance(model, torch.nn.Transformer):
             return _EncoderDecoder(model, embed, project, source_embed or embed)
         if source_embed is not None:
             raise TypeError(f"source_embed must be None for a {kind}, which encodes no source")
-        return (_Decoder if isinstance(model, _DECODER) else _Encoder)(model, embed, project)
+        if isinstance(model, torch.nn.TransformerDecoder):
+            return _Decoder(model, embed, project)
+        return _Encoder(model, embed, project)
     if not callable(getattr(model, "decode", None)):
         raise TypeError(
             "model must be a Transformer, TransformerDecoder or TransformerEncoder of torch.nn or "
@@ -163,7 +162,10 @@ class _Decoder(_Stack):
         if isinstance(stack, fast_nn.TransformerDecoder) and all(
             isinstance(layer, fast_nn.TransformerDecoderLayer) for layer in stack.layers
         ):
-            self.new_cache = fast_nn.DecoderCache
+            self.new_cache = self._new_cache
+
+    def _new_cache(self, capacity: int) -> fast_nn.DecoderCache:
+        return fast_nn.DecoderCache(len(self.stack.layers), capacity)
 
     def decode(
         self,
