@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastseq import functional, generation, integrations, nn
-    from fastseq._config import backend, capabilities, isa, set_isa
+    from fastseq._config import backend, capabilities, isa, linear_product, set_isa
     from fastseq.backends import FastseqFallbackWarning
     from fastseq.convert import Report, convert, revert
     from fastseq.generation import Beam, Greedy, Sample, generate
@@ -36,6 +36,7 @@ _HOME = {
     "convert": "convert",
     "generate": "generation",
     "isa": "_config",
+    "linear_product": "_config",
     "patch_sdpa": "patch",
     "revert": "convert",
     "set_isa": "_config",
@@ -57,6 +58,7 @@ __all__ = [
     "generation",
     "integrations",
     "isa",
+    "linear_product",
     "nn",
     "patch_sdpa",
     "revert",

@@ -20,7 +20,12 @@ from fastseq._core cimport (
     fastseq_isa_name,
     fastseq_isa_usable,
     fastseq_kernel_table,
+    fastseq_matrix,
     fastseq_max_threads,
+    fastseq_norm_backward,
+    fastseq_norm_forward,
+    fastseq_norm_shape,
+    fastseq_norm_statistics,
     fastseq_openmp_library,
     fastseq_rnn_backward,
     fastseq_rnn_forward,
@@ -205,7 +210,7 @@ cdef object is_grad_enabled = None
 
 
 def connect(capsule, tensor_type, parameter_type, empty_like_function, float64_type, is_grad_enabled_function):
-    """Make `plain_layer` and `plain_attention` available. `capsule` is torch.Tensor.__dlpack_c_exchange_api__."""
+    """Make `plain_layer`, `plain_attention` and `plain_norm` available. `capsule` is torch.Tensor.__dlpack_c_exchange_api__."""
     global exchange, Tensor, Parameter, empty_like, float64, is_grad_enabled
     if not PyCapsule_IsValid(capsule, b"dlpack_exchange_api"):
         return
@@ -311,3 +316,4 @@ def plain_layer(int cell, int gates, bint has_cell, int threads, input, hx, cx, 
 
 
 include "_cpu_attention.pxi"
+include "_cpu_norm.pxi"

@@ -1,25 +1,15 @@
-"""The linear projections of the modules: one name, so that one place decides what runs them."""
+"""The activations that a linear layer can have inside, by the number the ops and kernels take."""
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.functional import linear as _linear
+__all__ = ["ACTIVATIONS", "GELU", "GELU_TANH", "NONE", "RELU", "SILU"]
 
-__all__ = ["linear"]
+NONE, RELU, GELU, GELU_TANH, SILU = range(5)
 
-
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``input @ weight.T + bias`` over the last dimension.
-
-    Args:
-        input: ``(..., I)``.
-        weight: ``(O, I)``.
-        bias: ``(O)`` or ``None``.
-
-    Returns:
-        ``(..., O)``.
-
-    Raises:
-        RuntimeError: sizes or dtypes do not fit together.
-    """
-    return _linear(input, weight, bias)
+ACTIVATIONS: dict[str | None, int] = {
+    None: NONE,
+    "relu": RELU,
+    "gelu": GELU,
+    "gelu_tanh": GELU_TANH,
+    "silu": SILU,
+}

@@ -131,7 +131,7 @@ PHILOX = [
 
 @pytest.mark.parametrize(("counter", "key", "expected"), PHILOX)
 def test_philox_known_answers(counter: list[int], key: list[int], expected: list[int]) -> None:
-    words = reference_attention._philox(
+    words = reference_attention.philox(
         torch.tensor(key[0]), torch.tensor(key[1]), [torch.tensor(word) for word in counter]
     )
     assert [int(word) for word in words] == expected
@@ -142,7 +142,7 @@ def test_dropout_keep_reads_its_words_in_order() -> None:
     seed, p = torch.tensor([-(2**61) + 12345, 2**40 + 7]), 0.37
     keep = reference_attention.dropout_keep(seed, p, 2, 3, 5, 11)
     b, h, i, j = 1, 2, 4, 9
-    words = reference_attention._philox(
+    words = reference_attention.philox(
         seed[0] & 0xFFFFFFFF,
         (seed[0] >> 32) & 0xFFFFFFFF,
         [torch.tensor(word) for word in (j // 4, i, b * 3 + h, 7)],

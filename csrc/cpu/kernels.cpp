@@ -11,6 +11,8 @@
 
 #include "attention_backward.h"
 #include "attention_forward.h"
+#include "norm_backward.h"
+#include "norm_forward.h"
 #include "peak.h"
 #include "rnn_backward.h"
 #include "rnn_forward.h"
@@ -57,5 +59,7 @@ const fastseq_kernel_table FS_JOIN(fastseq_table_, FS_ISA) = {
     {attention_forward<float>, attention_forward<double>},
     {attention_backward<float>, attention_backward<double>},
     dropout_mask,
+    {norm_forward<float>, norm_forward<double>},
+    {norm_backward<float>, norm_backward<double>},
     {fma_gflops<float>, fma_gflops<double>},
 };

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from fastseq._attention import WEIGHTS_MEAN, WEIGHTS_NONE, Options, Terms
 
-__all__ = ["alibi_bias", "attention", "dropout_keep", "visible_pairs"]
+__all__ = ["alibi_bias", "attention", "dropout_keep", "philox", "visible_pairs"]
 
 _LOW_32 = 0xFFFFFFFF
 
 
-def _philox(key_low: Tensor, key_high: Tensor, counter: list[Tensor]) -> list[Tensor]:
+def philox(key_low: Tensor, key_high: Tensor, counter: list[Tensor]) -> list[Tensor]:
     """Ten rounds of Philox4x32; every word is an int64 tensor holding 32 bits."""
 
     def product(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def dropout_keep(
         torch.arange(batch * heads, device=device).view(batch * heads, 1, 1),
         (seed[1] & _LOW_32) + zero,
     ]
-    words = _philox(seed[0] & _LOW_32, (seed[0] >> 32) & _LOW_32, counter)
+    words = philox(seed[0] & _LOW_32, (seed[0] >> 32) & _LOW_32, counter)
     shape = (batch * heads, queries, blocks)
     drawn = torch.stack([word.expand(shape) for word in words], dim=-1)
     keep = drawn >= math.floor(probability * 2**32 + 0.5)

@@ -22,6 +22,7 @@ from fastseq._attention import (
     Terms,
 )
 from fastseq._checks import attention as _checks
+from fastseq._dropout import draw_seed
 from fastseq.backends import fallback_reason, reference_attention, warn_fallback
 
 __all__ = [
@@ -107,6 +108,21 @@ def attention(
         ValueError: ``window``, ``softcap`` or lengths out of range.
         TypeError: an argument has the wrong type.
     """
+    if (
+        mask is None
+        and bias is None
+        and key_padding_mask is None
+        and window is None
+        and query_lengths is None
+        and key_lengths is None
+        and alibi_slopes is None
+        and softcap is None
+        and sinks is None
+        and not (dropout_p or return_lse or return_weights or bottom_right)
+    ):
+        result = _ops.plain_attention(query, key, value, causal, True, scale)
+        if result is not None:
+            return result
     _checks.tensors(query=query, key=key, value=value)
     _checks.dimensions((4, 3), query=query, key=key, value=value)
     _checks.same_kind(query, key, value)
@@ -331,13 +347,6 @@ def default_scale(query: Tensor, scale: float | None) -> float:
         return float(scale)
     size = query.shape[-1]
     return 1 / math.sqrt(size) if size else 1.0
-
-
-def draw_seed(dropout_p: float) -> Tensor | None:
-    """Key and offset of the dropout's generator, from torch's default one."""
-    if not dropout_p > 0:
-        return None
-    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device="cpu")
 
 
 def bias_like(bias: Tensor, query: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 from fastseq import _ops
 from fastseq._attention import WEIGHTS_NONE, Options, Terms
 from fastseq._checks import attention as _checks
+from fastseq._dropout import draw_seed
 from fastseq.backends import fallback_reason, warn_fallback
-from fastseq.functional.attention import bias_like, default_scale, draw_seed, run_attention
+from fastseq.functional.attention import bias_like, default_scale, run_attention
 
 __all__ = ["scaled_dot_product_attention"]
 
