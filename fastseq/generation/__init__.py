@@ -170,23 +170,25 @@ def generate(
         raise TypeError(f"use_cache must not be True for {type(model).__name__}: it has no cache")
     if inputs["source"] is not None and not hasattr(decoding, "encode"):
         raise TypeError(f"source must be None for {type(model).__name__}, which cannot encode it")
+    if getattr(decoding, "needs_memory", False) and inputs["source"] is inputs["memory"] is None:
+        either = "source or memory" if hasattr(decoding, "encode") else "memory"
+        raise TypeError(f"{either} must be given for a {type(model).__name__}")
 
     with torch.no_grad(), evaluating(model, embed, project, source_embed):
         held, mask = inputs["memory"], inputs["source_key_padding_mask"]
         if inputs["source"] is not None:
             held = decoding.encode(inputs["source"], mask)
+        cache = None
+        if new_cache is not None and use_cache is not False:
+            cache = new_cache(prompt.size(1) + min(max_new_tokens, _CAPACITY_AHEAD))
+        steps = Steps(decoding, held, mask, cache, end_tokens)
         if max_new_tokens == 0:
-            tokens = prompt.masked_fill(_behind(prompt, lengths), pad)
+            tokens = ends.padded(prompt, ends.limits(prompt))
             scores = torch.zeros(prompt.size(0), device=prompt.device)
+        elif isinstance(chosen, Beam):
+            tokens, scores = beam_search(steps, prompt, ends, chosen)
         else:
-            cache = None
-            if new_cache is not None and use_cache is not False:
-                cache = new_cache(prompt.size(1) + min(max_new_tokens, _CAPACITY_AHEAD))
-            steps = Steps(decoding, held, mask, cache, end_tokens)
-            if isinstance(chosen, Beam):
-                tokens, scores = beam_search(steps, prompt, ends, chosen)
-            else:
-                tokens, scores = extend(steps, prompt, ends, chosen, generator, return_scores)
+            tokens, scores = extend(steps, prompt, ends, chosen, generator, return_scores)
     if not batched:
         tokens, scores = tokens.squeeze(0), scores.squeeze(0)
     return (tokens, scores) if return_scores else tokens
@@ -269,15 +271,12 @@ def _cut(
     return prompt[:, :most], None if least == most else lengths
 
 
-def _behind(prompt: Tensor, lengths: Tensor | None) -> Tensor:
-    """Which tokens of a prompt do not count."""
-    if lengths is None:
-        return torch.zeros_like(prompt, dtype=torch.bool)
-    return torch.arange(prompt.size(1), device=prompt.device) >= lengths.unsqueeze(1)
-
-
 def _end_tokens(eos: int | Sequence[int] | None) -> tuple[int, ...]:
-    tokens = () if eos is None else (eos,) if isinstance(eos, Integral) else tuple(eos)
+    if eos is None:
+        return ()
+    if not isinstance(eos, (Integral, Sequence)):
+        raise TypeError(f"eos must be an integer or integers, got {type(eos).__name__}")
+    tokens = tuple(eos) if isinstance(eos, Sequence) else (eos,)
     for token in tokens:
         _check_integer("eos", token)
     return tokens

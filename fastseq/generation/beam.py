@@ -16,14 +16,14 @@ _NEVER = float("-inf")
 class _Best:
     """Per sequence the best hypothesis among those that have ended."""
 
-    def __init__(self, tokens: Tensor, end: int) -> None:
+    def __init__(self, tokens: Tensor, starts: Tensor) -> None:
         # Where no hypothesis is possible at all, the prompt remains.
         self.tokens = tokens.clone()
         self.scores = torch.full((tokens.size(0),), _NEVER, device=tokens.device)
-        self.ends = torch.full((tokens.size(0),), end, device=tokens.device)
+        self.ends = starts
 
     def offer(self, hypotheses: Tensor, scores: Tensor, end: int, allowed: Tensor) -> None:
-        """Take the hypotheses (B, total), padded from ``end`` on, that are better and allowed."""
+        """Take those of the hypotheses (B, total) of length ``end`` that are better and allowed."""
         better = allowed & (scores > self.scores)
         self.tokens = torch.where(better.unsqueeze(1), hypotheses, self.tokens)
         self.scores = torch.where(better, scores, self.scores)
@@ -46,7 +46,7 @@ def beam_search(steps: Steps, prompt: Tensor, ends: Ends, strategy: Beam) -> tup
     offsets = (rows * n).unsqueeze(1)
     in_place = torch.arange(batch * n, device=device)
 
-    best = _Best(tokens, width)
+    best = _Best(tokens, starts)
     done = torch.zeros(batch, dtype=torch.bool, device=device)
     ended_count = torch.zeros(batch, dtype=torch.long, device=device)
     # All hypotheses are the prompt at first; only one may go on, or all would do so alike.
@@ -64,7 +64,8 @@ def beam_search(steps: Steps, prompt: Tensor, ends: Ends, strategy: Beam) -> tup
         gains = torch.log_softmax(widened(logits), -1).view(batch, n, vocabulary)
         given = (position < starts).unsqueeze(1)
         if ends.lengths is not None and position < width:
-            only = torch.full_like(gains, _NEVER).scatter(2, tokens[:, :, position, None], 0)
+            token = tokens[:, :, position].masked_fill(~given, 0)
+            only = torch.full_like(gains, _NEVER).scatter(2, token.unsqueeze(2), 0)
             gains = torch.where(given.unsqueeze(2), only, gains)
 
         # So many that n go on even where every end token of n hypotheses is among them.
@@ -75,13 +76,14 @@ def beam_search(steps: Steps, prompt: Tensor, ends: Ends, strategy: Beam) -> tup
         length = position + 1 - starts
         penalty = length_penalty(length.clamp(min=1), strategy.length_penalty)
         if ends.eos:
-            ended = ends.is_end(chosen) & ~given
-            ended_values, which = values.masked_fill(~ended, _NEVER).max(1)
+            ending = ends.is_end(chosen) & ~given
+            # Only those that n hypotheses would have room for; so Beam(1) is greedy search.
+            ended_values, which = values[:, :n].masked_fill(~ending[:, :n], _NEVER).max(1)
             hypotheses = tokens[rows, parents[rows, which]]
             hypotheses[:, position] = chosen[rows, which]
             best.offer(hypotheses, ended_values / penalty, position + 1, ~done)
-            ended_count += (ended & (values > _NEVER))[:, :n].sum(1)
-            values, order = values.masked_fill(ended, _NEVER).topk(n)
+            ended_count += (ending & (values > _NEVER))[:, :n].sum(1)
+            values, order = values.masked_fill(ending, _NEVER).topk(n)
             parents, chosen = parents.gather(1, order), chosen.gather(1, order)
 
         live = values
@@ -103,4 +105,4 @@ def beam_search(steps: Steps, prompt: Tensor, ends: Ends, strategy: Beam) -> tup
         source = (parents + offsets).view(-1)
         if not torch.equal(source, in_place):
             steps.reorder(source)
-    return best.tokens[:, : int(best.ends.max())], best.scores
+    return ends.padded(best.tokens, best.ends), best.scores

@@ -163,6 +163,8 @@ class _Decoder(_Stack):
             isinstance(layer, fast_nn.TransformerDecoderLayer) for layer in stack.layers
         ):
             self.new_cache = self._new_cache
+        # Only layers of fastseq.nn may be without.
+        self.needs_memory = any(getattr(one, "cross_attention", True) for one in stack.layers)
 
     def _new_cache(self, capacity: int) -> fast_nn.DecoderCache:
         return fast_nn.DecoderCache(len(self.stack.layers), capacity)

@@ -32,9 +32,23 @@ class Ends:
     def begin(self, prompt: Tensor) -> tuple[Tensor, int]:
         """Room for the longest possible results, and the first position that some row lacks."""
         batch, width = prompt.shape
-        tokens = prompt.new_full((batch, width + self.max_new_tokens), self.pad)
+        # Not filled with padding, which need not be a token that the model knows.
+        tokens = prompt.new_zeros((batch, width + self.max_new_tokens))
         tokens[:, :width] = prompt
         return tokens, width if self.lengths is None else int(self.lengths.min())
+
+    def limits(self, prompt: Tensor) -> Tensor:
+        """Where each row ends at the latest, (B)."""
+        if self.lengths is not None:
+            return self.lengths + self.max_new_tokens
+        batch, width = prompt.shape
+        return torch.full((batch,), width + self.max_new_tokens, device=prompt.device)
+
+    def padded(self, tokens: Tensor, stops: Tensor) -> Tensor:
+        """``tokens`` with row ``i`` filled up from ``stops[i]`` on, as wide as the longest."""
+        tokens = tokens[:, : int(stops.max())]
+        behind = torch.arange(tokens.size(1), device=tokens.device) >= stops.unsqueeze(1)
+        return tokens.masked_fill(behind, self.pad)
 
     def is_end(self, tokens: Tensor) -> Tensor:
         """Whether each of ``tokens`` ends a sequence; there must be tokens that do."""
@@ -120,28 +134,27 @@ def extend(
     tokens, first = ends.begin(prompt)
     batch, width = prompt.shape
     scores = torch.zeros(batch, device=prompt.device)
-    # At B = 1 every operation counts, so what the end of sequences needs is done only for it.
-    may_end = bool(ends.eos) or ends.lengths is not None
-    finished = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
+    stops = ends.limits(prompt)
+    # At B = 1 every operation counts, so what rows need that stop by themselves is done for these.
+    may_stop = bool(ends.eos) or ends.lengths is not None
     for position in range(first, tokens.size(1)):
         logits = steps(tokens, position)
         choice = choose(logits, strategy, generator)
-        # Rows that get a token of their prompt, or only padding.
-        passive = finished
+        extended = None
+        if may_stop:
+            extended = stops > position
         if ends.lengths is not None and position < width:
             given = position < ends.lengths
             choice = torch.where(given, tokens[:, position], choice)
-            passive = finished | given
+            extended = ~given if extended is None else extended & ~given
         if scored:
             likely = torch.log_softmax(widened(logits), -1).gather(-1, choice.unsqueeze(-1))
-            scores = scores + likely.squeeze(-1).masked_fill(passive, 0)
-        if may_end:
-            choice = choice.masked_fill(finished, ends.pad)
-            if ends.eos:
-                finished = finished | (ends.is_end(choice) & ~passive)
-            if ends.lengths is not None:
-                finished = finished | (position + 1 >= ends.lengths + ends.max_new_tokens)
+            gain = likely.squeeze(-1)
+            scores = scores + (gain if extended is None else gain.masked_fill(~extended, 0))
         tokens[:, position] = choice
-        if may_end and bool(finished.all()):
-            return tokens[:, : position + 1], scores
-    return tokens, scores
+        if extended is not None:
+            if ends.eos:
+                stops = stops.masked_fill(ends.is_end(choice) & extended, position + 1)
+            if bool((stops <= position + 1).all()):
+                break
+    return ends.padded(tokens, stops), scores
