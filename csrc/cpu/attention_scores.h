@@ -2,8 +2,8 @@
 // Buffers are [key][panel_width]: a row per key, a lane per query of the panel.
 #pragma once
 
-#include "../attention/philox.h"
 #include "attention_shape.h"
+#include "dropout.h"
 
 namespace fastseq::FS_ISA {
 namespace {
@@ -292,20 +292,6 @@ FS_INLINE void write_row_statistics(const fastseq_attention_forward& call, T fac
 
 // --- Dropout
 
-typedef uint64_t WideVector __attribute__((vector_size(FS_VECTOR_BYTES)));
-
-FS_INLINE WideVector multiply_words(WideVector a, WideVector b) {
-#if defined(__AVX512F__)
-  return (WideVector)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (WideVector)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-  return (WideVector)_mm_mul_epu32((__m128i)a, (__m128i)b);
-#else
-  return a * b;
-#endif
-}
-
 // Which weights of a panel dropout takes.
 template <class T>
 struct PanelDropout {
@@ -334,7 +320,7 @@ struct PanelDropout {
       word[part][1] = query_word[half][part];
       word[part][2] = head_word[half][part];
       word[part][3] = WideVector{} + (uint64_t)offset;
-      philox(word[part], seed, multiply_words, [](uint32_t value) FS_LAMBDA_INLINE { return WideVector{} + (uint64_t)value; });
+      philox(word[part], seed, multiply_words, wide_word);
     }
     for (int i = 0; i < 4; ++i) {
       WideVector kept = (WideVector)(word[0][i] >= threshold);

@@ -20,6 +20,7 @@ struct NormBackward {
   const fastseq_norm_backward& call;
   const fastseq_norm_shape& shape = call.shape;
   const int64_t features = shape.features;
+  const ElementDropout<T> dropout{shape.dropout, shape.dropout_seed, shape.dropout_offset};
   const bool wants_parameters = call.grad_weight || call.grad_bias;
   const bool wants_input = call.grad_x.data || call.grad_input.data;
   const int64_t stride = round_up(features, 64 / sizeof(T)) + 64 / sizeof(T);
@@ -34,6 +35,7 @@ struct NormBackward {
   struct Row {
     const T *grad_output, *grad_sum, *x;  // [F]
     T* target;                            // [F]
+    const T *next_grad_output, *next_x;   // of the next group: asked for while this one lies in the first cache
     T mean, shift, scale;
     T mean_g, mean_gn;  // means of g and g n
   };
@@ -87,20 +89,22 @@ struct NormBackward {
     }
   }
 
+  // The means of one row are awaited while the next one, or the sums over rows, go on.
   template <int Rows>
   void run_rows(int64_t first, T* weight_sum) {
     Row rows[Rows];
     for (int r = 0; r < Rows; ++r) {
       rows[r] = row_at(first + r);
-      if (wants_input) find_means(rows[r]);
+      if (!wants_input) continue;
+      find_means(rows[r]);
+      if (rows[r].grad_sum) {
+        write_row<true>(rows[r]);
+      } else {
+        write_row<false>(rows[r]);
+      }
+      if (call.grad_input.data) drop_row(first + r, rows[r].target);
     }
-    if (wants_parameters && wants_input) {
-      write_rows<Rows, true, true>(rows, weight_sum);
-    } else if (wants_input) {
-      write_rows<Rows, true, false>(rows, weight_sum);
-    } else {
-      write_rows<Rows, false, true>(rows, weight_sum);
-    }
+    if (wants_parameters) add_rows<Rows>(rows, weight_sum);
   }
 
   FS_INLINE Row row_at(int64_t index) {
@@ -109,6 +113,9 @@ struct NormBackward {
     row.grad_sum = row_of<T>(call.grad_sum, index);
     row.x = row_of<T>(call.x, index);
     row.target = row_of<T>(call.grad_x.data ? call.grad_x : call.grad_input, index);
+    int64_t next = minimum(index + 1, shape.rows - 1);
+    row.next_grad_output = row_of<T>(call.grad_output, next);
+    row.next_x = row_of<T>(call.x, next);
     row.scale = ((const T*)call.statistics.inverse_deviation)[index];
     row.mean = row.shift = T(0);
     if (!Rms) {
@@ -140,41 +147,58 @@ struct NormBackward {
     row.mean_gn = totals[1] * inverse_count;
   }
 
-  template <int Rows, bool Input, bool Parameters>
-  FS_INLINE void write_rows(const Row* rows, T* weight_sum) {
+  template <int Rows>
+  FS_INLINE void add_rows(const Row* rows, T* weight_sum) {
+    struct Lanes {
+      const T *grad_output, *x;
+      Vec<T> mean, scale, shift;
+    } row[Rows];
+    for (int r = 0; r < Rows; ++r)
+      row[r] = {rows[r].grad_output, rows[r].x, broadcast<T>(rows[r].mean), broadcast<T>(rows[r].scale),
+                broadcast<T>(rows[r].shift)};
     T* bias_sum = weight_sum + stride;
-    Vec<T> mean[Rows], scale[Rows], shift[Rows], minus_mean_g[Rows], mean_gn[Rows];
-    for (int r = 0; r < Rows; ++r) {
-      mean[r] = broadcast<T>(rows[r].mean);
-      scale[r] = broadcast<T>(rows[r].scale);
-      shift[r] = broadcast<T>(rows[r].shift);
-      minus_mean_g[r] = broadcast<T>(-rows[r].mean_g);
-      mean_gn[r] = broadcast<T>(rows[r].mean_gn);
-    }
-    const T* factors = weight;
-    for_each_vector<T>(features, [&](int64_t column, int64_t count, auto partial) FS_LAMBDA_INLINE {
-      Vec<T> factor = load_some<partial.value>(factors + column, count), for_weight = {}, for_bias = {};
+    for_each_vector<T>(features, [=](int64_t column, int64_t count, auto partial) FS_LAMBDA_INLINE {
+      // The sums are as long as whole vectors.
+      Vec<T> for_weight = load(weight_sum + column), for_bias = load(bias_sum + column);
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
-        const Row& row = rows[r];
-        Vec<T> gradient = load_some<partial.value>(row.grad_output + column, count);
-        Vec<T> value = normalized(load_some<partial.value>(row.x + column, count), mean[r], scale[r], shift[r]);
-        if (Parameters) {
-          for_weight = fused_multiply_add(gradient, value, for_weight);
-          for_bias = for_bias + gradient;
-        }
-        if (!Input) continue;
-        Vec<T> centred = fused_multiply_add(gradient, factor, minus_mean_g[r]);
-        Vec<T> result = fused_negate_multiply_add(value, mean_gn[r], centred) * scale[r];
-        if (row.grad_sum) result = result + load_some<partial.value>(row.grad_sum + column, count);
-        store_some<partial.value>(row.target + column, result, count);
+        Vec<T> gradient = load_some<partial.value>(row[r].grad_output + column, count);
+        Vec<T> x = load_some<partial.value>(row[r].x + column, count);
+        for_weight = fused_multiply_add(gradient, normalized(x, row[r].mean, row[r].scale, row[r].shift), for_weight);
+        for_bias = for_bias + gradient;
       }
-      if (Parameters) {
-        // The sums are as long as whole vectors.
-        store(weight_sum + column, load(weight_sum + column) + for_weight);
-        store(bias_sum + column, load(bias_sum + column) + for_bias);
-      }
+      store(weight_sum + column, for_weight);
+      store(bias_sum + column, for_bias);
     });
+  }
+
+  template <bool Sum>
+  FS_INLINE void write_row(const Row& row) {
+    const T *grad_output = row.grad_output, *grad_sum = row.grad_sum, *x = row.x, *factors = weight;
+    const T *next_grad_output = row.next_grad_output, *next_x = row.next_x;
+    T* target = row.target;
+    Vec<T> mean = broadcast<T>(row.mean), scale = broadcast<T>(row.scale), shift = broadcast<T>(row.shift);
+    Vec<T> minus_mean_g = broadcast<T>(-row.mean_g), mean_gn = broadcast<T>(row.mean_gn);
+    for_each_vector<T>(features, [=](int64_t column, int64_t count, auto partial) FS_LAMBDA_INLINE {
+      __builtin_prefetch(next_grad_output + column);
+      __builtin_prefetch(next_x + column);
+      Vec<T> gradient = load_some<partial.value>(grad_output + column, count);
+      Vec<T> value = normalized(load_some<partial.value>(x + column, count), mean, scale, shift);
+      Vec<T> centred = fused_multiply_add(gradient, load_some<partial.value>(factors + column, count), minus_mean_g);
+      Vec<T> result = fused_negate_multiply_add(value, mean_gn, centred) * scale;
+      if (Sum) result = result + load_some<partial.value>(grad_sum + column, count);
+      store_some<partial.value>(target + column, result, count);
+    });
+  }
+
+  // The input's gradient from that of the sum, which may lie in the same place.
+  void drop_row(int64_t index, const T* grad_x) {
+    T* target = row_of<T>(call.grad_input, index);
+    for_each_dropped<T>(dropout, index, features,
+                        [=](int64_t column, int64_t count, auto partial, Vec<T> factor) FS_LAMBDA_INLINE {
+                          Vec<T> gradient = load_some<partial.value>(grad_x + column, count);
+                          store_some<partial.value>(target + column, apply_dropout<T>(gradient, factor), count);
+                        });
   }
 
   void add_blocks(Range vectors) {

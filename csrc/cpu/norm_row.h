@@ -4,7 +4,7 @@
 // every few thousand elements, so that their rounding errors stay those of short sums, in an order that depends on F alone.
 #pragma once
 
-#include "parallel.h"
+#include "dropout.h"
 
 namespace fastseq::FS_ISA {
 namespace {
@@ -59,6 +59,29 @@ FS_INLINE void sum_along_row(int64_t features, T (&totals)[Sums], Body body) {
     for (int s = 0; s < Sums; ++s) total[s] = total[s] + ((part[0][s] + part[1][s]) + (part[2][s] + part[3][s]));
   }
   for (int s = 0; s < Sums; ++s) totals[s] = sum_of_lanes<T>(total[s]);
+}
+
+// body(column, count, partial, factor) for every vector of a row with what dropout multiplies it with.
+template <class T, class Body>
+FS_INLINE void for_each_dropped(const ElementDropout<T>& dropout, int64_t row, int64_t features, Body body) {
+  Vec<T> factor[ElementDropout<T>::vectors];
+  int64_t column = 0;
+  for (; column + dropout_group <= features; column += dropout_group) {
+    dropout.draw(row, column / dropout_group, factor);
+#pragma GCC unroll 16
+    for (int i = 0; i < ElementDropout<T>::vectors; ++i)
+      body(column + i * lanes<T>, (int64_t)lanes<T>, Flag<false>{}, factor[i]);
+  }
+  if (column == features) return;
+  dropout.draw(row, column / dropout_group, factor);
+  for (int i = 0; column < features; ++i, column += lanes<T>)
+    body(column, minimum(features - column, lanes<T>), Flag<true>{}, factor[i]);
+}
+
+// A dropped NaN is dropped, too.
+template <class T>
+FS_INLINE Vec<T> apply_dropout(Vec<T> value, Vec<T> factor) {
+  return factor == Vec<T>{} ? Vec<T>{} : value * factor;
 }
 
 FS_INLINE float square_root(float value) { return __builtin_sqrtf(value); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -258,6 +259,15 @@ class TransformerDecoder(nn.TransformerDecoder):
         self, decoder_layer: nn.TransformerDecoderLayer, num_layers: int, norm: Any = None
     ) -> None:
         nn.Module.__init__(self)
+        forgotten = decoder_layer._modules.get("activation")
+        lost = forgotten is not None and not isinstance(forgotten, nn.ReLU)
+        if lost and isinstance(decoder_layer, nn.TransformerDecoderLayer):
+            # torch's __setstate__ does not find it. Weights trained there were trained with ReLU.
+            warnings.warn(
+                f"{type(forgotten).__name__}, a module, as the activation of a decoder layer is "
+                "replaced by ReLU in copies of the layer, as torch does: pass a function",
+                stacklevel=2,
+            )
         self.layers = nn.ModuleList(copy.deepcopy(decoder_layer) for _ in range(num_layers))
         self.num_layers = num_layers
         self.norm = norm
