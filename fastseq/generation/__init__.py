@@ -12,7 +12,7 @@ from torch import Tensor
 from fastseq.generation.beam import beam_search
 from fastseq.generation.models import Cache, Embed, Model, Project, as_model, evaluating
 from fastseq.generation.search import Ends, Steps, extend
-from fastseq.generation.strategies import Beam, Greedy, Sample, Strategy
+from fastseq.generation.strategies import Beam, Greedy, Sample, Strategy, check_integer
 
 __all__ = ["Beam", "Cache", "Greedy", "Model", "Sample", "generate"]
 
@@ -143,7 +143,7 @@ def generate(
         ... )
     """
     chosen = _strategy(strategy)
-    _check_integer("max_new_tokens", max_new_tokens)
+    check_integer("max_new_tokens", max_new_tokens)
     _check_tokens("prompt", prompt)
     batched = prompt.dim() == 2
     if generator is not None and not isinstance(chosen, Sample):
@@ -161,7 +161,7 @@ def generate(
     end_tokens = _end_tokens(eos)
     if pad is None:
         pad = end_tokens[0] if end_tokens else 0
-    _check_integer("pad", pad)
+    check_integer("pad", pad)
     ends = Ends(lengths, max_new_tokens, end_tokens, pad)
 
     decoding = as_model(model, embed, project, source_embed)
@@ -205,13 +205,6 @@ def _strategy(strategy: str | Strategy) -> Strategy:
             f"strategy must be a name, Greedy, Sample or Beam, got {type(strategy).__name__}"
         )
     return strategy
-
-
-def _check_integer(name: str, value: Any) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name} must not be negative, got {value}")
 
 
 def _check_tokens(name: str, tokens: Any) -> None:
@@ -278,5 +271,5 @@ def _end_tokens(eos: int | Sequence[int] | None) -> tuple[int, ...]:
         raise TypeError(f"eos must be an integer or integers, got {type(eos).__name__}")
     tokens = tuple(eos) if isinstance(eos, Sequence) else (eos,)
     for token in tokens:
-        _check_integer("eos", token)
+        check_integer("eos", token)
     return tokens

@@ -135,7 +135,7 @@ class _Stack:
 class _Encoder(_Stack):
     """A stack without cross-attention under a causal mask: how torch builds a language model."""
 
-    def __init__(self, stack: torch.nn.Module, embed: Embed, project: Project) -> None:
+    def __init__(self, stack: Any, embed: Embed, project: Project) -> None:
         super().__init__(stack.layers, embed, project)
         self.stack = stack
 
@@ -156,7 +156,7 @@ class _Encoder(_Stack):
 
 
 class _Decoder(_Stack):
-    def __init__(self, stack: torch.nn.Module, embed: Embed, project: Project) -> None:
+    def __init__(self, stack: Any, embed: Embed, project: Project) -> None:
         super().__init__(stack.layers, embed, project)
         self.stack = stack
         if isinstance(stack, fast_nn.TransformerDecoder) and all(
@@ -190,9 +190,7 @@ class _Decoder(_Stack):
 
 
 class _EncoderDecoder(_Decoder):
-    def __init__(
-        self, stack: torch.nn.Module, embed: Embed, project: Project, source_embed: Embed
-    ) -> None:
+    def __init__(self, stack: Any, embed: Embed, project: Project, source_embed: Embed) -> None:
         super().__init__(stack.decoder, embed, project)
         self.encoder = stack.encoder
         self.source_embed = source_embed

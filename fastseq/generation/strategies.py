@@ -10,18 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Beam", "Greedy", "Sample", "Strategy", "choose", "length_penalty", "widened"]
+__all__ = [
+    "Beam",
+    "Greedy",
+    "Sample",
+    "Strategy",
+    "check_integer",
+    "choose",
+    "length_penalty",
+    "widened",
+]
 
 
-def _integer(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool):
+def check_integer(name: str, value: Any, least: int = 0) -> None:
+    """Raise TypeError or ValueError unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _number(name: str, value: Any) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
@@ -59,7 +69,7 @@ class Sample:
                 "for the most likely token take Greedy()"
             )
         if self.top_k is not None:
-            _integer("top_k", self.top_k, 1)
+            check_integer("top_k", self.top_k, 1)
         if self.top_p is not None:
             _number("top_p", self.top_p)
             if not 0 < self.top_p <= 1:
@@ -89,7 +99,7 @@ class Beam:
     length_penalty: float = 0.6
 
     def __post_init__(self) -> None:
-        _integer("n", self.n, 1)
+        check_integer("n", self.n, 1)
         _number("length_penalty", self.length_penalty)
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty must be finite, got {self.length_penalty}")
