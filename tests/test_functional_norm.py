@@ -42,7 +42,9 @@ CASES = [
         for weight, residual, eps in itertools.product((False, True), (False, True), (None, 0.1))
     ),
     *(
-        Case(dtype=dtype, shape=(4, 6, 35), strides=strides, rms=rms, residual=True, return_sum=True)
+        Case(
+            dtype=dtype, shape=(4, 6, 35), strides=strides, rms=rms, residual=True, return_sum=True
+        )
         for strides in ("transposed", "expanded", "every_other", "offset", "wide")
         for rms, dtype in ((False, "float32"), (True, "float64"))
     ),
