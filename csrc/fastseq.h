@@ -268,6 +268,57 @@ typedef int (*fastseq_linear_backward_function)(const struct fastseq_linear_back
 typedef void (*fastseq_element_dropout_mask_function)(int64_t rows, int64_t columns, double probability, uint64_t seed,
                                                       uint64_t offset, uint8_t* keep);
 
+// --- Norms
+
+// Of every row of F elements, with x = residual + dropout(input):
+//   layer norm  y = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias,  the variance being the biased one
+//   RMS norm    y = x / sqrt(mean(x^2) + eps) * weight
+struct fastseq_norm_shape {
+  int64_t rows;      // M
+  int64_t features;  // F
+  int32_t rms;       // 1: RMS norm
+  int32_t threads;   // upper bound on the threads to use
+  double eps;
+  double dropout;  // probability of zeroing an element of the input; the others are divided by 1 - dropout
+  uint64_t dropout_seed;
+  uint64_t dropout_offset;
+};
+
+// What backward needs to know of a row, each [M]. The mean is kept in two parts: where it is large, half a unit of it may be
+// more than the rounding error of everything else together.
+struct fastseq_norm_statistics {
+  void* inverse_deviation;  // 1 / sqrt(... + eps)
+  void* mean;               // layer norm only, as is the next: NULL otherwise
+  void* mean_correction;    // mean + mean_correction is the mean
+};
+
+struct fastseq_norm_forward {
+  struct fastseq_norm_shape shape;
+  struct fastseq_matrix input;                // [M, F]
+  struct fastseq_matrix residual;             // [M, F], data NULL: none
+  const void* weight;                         // [F] or NULL: ones
+  const void* bias;                           // [F] or NULL: zeros
+  struct fastseq_matrix output;               // [M, F]
+  struct fastseq_matrix sum;                  // x [M, F], data NULL: not asked for
+  struct fastseq_norm_statistics statistics;  // inverse_deviation NULL: not asked for
+};
+
+struct fastseq_norm_backward {
+  struct fastseq_norm_shape shape;
+  struct fastseq_matrix grad_output;          // [M, F], always given
+  struct fastseq_matrix grad_sum;             // of x as a result of its own, [M, F], data NULL: zero
+  struct fastseq_matrix x;                    // [M, F]
+  const void* weight;                         // [F] or NULL: ones
+  struct fastseq_norm_statistics statistics;  // forward's
+  struct fastseq_matrix grad_x;               // which is the residual's gradient; data NULL: not asked for
+  struct fastseq_matrix grad_input;           // through the dropout; data NULL: not asked for, or the same as grad_x
+  void* grad_weight;                          // [F] or NULL: not asked for
+  void* grad_bias;                            // [F] or NULL: not asked for
+};
+
+typedef int (*fastseq_norm_forward_function)(const struct fastseq_norm_forward*);
+typedef int (*fastseq_norm_backward_function)(const struct fastseq_norm_backward*);
+
 typedef int (*fastseq_rnn_forward_function)(const struct fastseq_rnn_forward*);
 typedef int (*fastseq_rnn_backward_function)(const struct fastseq_rnn_backward*);
 // rows: rows alive over all steps, i.e. T*B for a rectangle.
@@ -286,6 +337,8 @@ struct fastseq_kernel_table {
   fastseq_linear_forward_function linear_forward[FASTSEQ_DTYPE_COUNT];
   fastseq_linear_backward_function linear_backward[FASTSEQ_DTYPE_COUNT];
   fastseq_element_dropout_mask_function element_dropout_mask;
+  fastseq_norm_forward_function norm_forward[FASTSEQ_DTYPE_COUNT];
+  fastseq_norm_backward_function norm_backward[FASTSEQ_DTYPE_COUNT];
   double (*fma_gflops[FASTSEQ_DTYPE_COUNT])(int threads, double seconds);
 };
 

@@ -143,13 +143,53 @@ cdef extern from "fastseq.h" nogil:
         int64_t grad_bias_elements
         void* grad_sinks
 
-    ctypedef int (*fastseq_attention_forward_function)(const fastseq_attention_forward*) noexcept nogil
-    ctypedef int (*fastseq_attention_backward_function)(const fastseq_attention_backward*) noexcept nogil
-    ctypedef void (*fastseq_dropout_mask_function)(const fastseq_attention_shape*, uint8_t*) noexcept nogil
-
     struct fastseq_matrix:
         void* data
         int64_t row_stride
+
+    struct fastseq_norm_shape:
+        int64_t rows
+        int64_t features
+        int32_t rms
+        int32_t threads
+        double eps
+        double dropout
+        uint64_t dropout_seed
+        uint64_t dropout_offset
+
+    struct fastseq_norm_statistics:
+        void* inverse_deviation
+        void* mean
+        void* mean_correction
+
+    struct fastseq_norm_forward:
+        fastseq_norm_shape shape
+        fastseq_matrix input
+        fastseq_matrix residual
+        const void* weight
+        const void* bias
+        fastseq_matrix output
+        fastseq_matrix sum
+        fastseq_norm_statistics statistics
+
+    struct fastseq_norm_backward:
+        fastseq_norm_shape shape
+        fastseq_matrix grad_output
+        fastseq_matrix grad_sum
+        fastseq_matrix x
+        const void* weight
+        fastseq_norm_statistics statistics
+        fastseq_matrix grad_x
+        fastseq_matrix grad_input
+        void* grad_weight
+        void* grad_bias
+
+    ctypedef int (*fastseq_norm_forward_function)(const fastseq_norm_forward*) noexcept nogil
+    ctypedef int (*fastseq_norm_backward_function)(const fastseq_norm_backward*) noexcept nogil
+
+    ctypedef int (*fastseq_attention_forward_function)(const fastseq_attention_forward*) noexcept nogil
+    ctypedef int (*fastseq_attention_backward_function)(const fastseq_attention_backward*) noexcept nogil
+    ctypedef void (*fastseq_dropout_mask_function)(const fastseq_attention_shape*, uint8_t*) noexcept nogil
 
     struct fastseq_linear_shape:
         int64_t rows
@@ -202,6 +242,8 @@ cdef extern from "fastseq.h" nogil:
         fastseq_linear_forward_function linear_forward[2]
         fastseq_linear_backward_function linear_backward[2]
         fastseq_element_dropout_mask_function element_dropout_mask
+        fastseq_norm_forward_function norm_forward[2]
+        fastseq_norm_backward_function norm_backward[2]
         fastseq_peak_function fma_gflops[2]
 
     int fastseq_isa_count()

@@ -25,6 +25,10 @@ from fastseq._core cimport (
     fastseq_linear_shape,
     fastseq_matrix,
     fastseq_max_threads,
+    fastseq_norm_backward,
+    fastseq_norm_forward,
+    fastseq_norm_shape,
+    fastseq_norm_statistics,
     fastseq_openmp_library,
     fastseq_rnn_backward,
     fastseq_rnn_forward,
@@ -103,6 +107,11 @@ cdef inline void* address(object tensor) except? NULL:
     if tensor is None:
         return NULL
     return <void*><uintptr_t>tensor.data_ptr()
+
+
+cdef inline void set_matrix(fastseq_matrix* matrix, object tensor) except *:
+    matrix.data = address(tensor)
+    matrix.row_stride = 0 if tensor is None else tensor.stride(0)
 
 
 cdef inline void set_shape(fastseq_rnn_shape* shape, tuple sizes, object batch_sizes, object row_order, bint packed,
@@ -209,7 +218,7 @@ cdef object is_grad_enabled = None
 
 
 def connect(capsule, tensor_type, parameter_type, empty_like_function, float64_type, is_grad_enabled_function):
-    """Make `plain_layer` and `plain_attention` available. `capsule` is torch.Tensor.__dlpack_c_exchange_api__."""
+    """Make `plain_layer`, `plain_attention` and `plain_norm` available. `capsule` is torch.Tensor.__dlpack_c_exchange_api__."""
     global exchange, Tensor, Parameter, empty_like, float64, is_grad_enabled
     if not PyCapsule_IsValid(capsule, b"dlpack_exchange_api"):
         return
@@ -316,3 +325,4 @@ def plain_layer(int cell, int gates, bint has_cell, int threads, input, hx, cx, 
 
 include "_cpu_attention.pxi"
 include "_cpu_linear.pxi"
+include "_cpu_norm.pxi"

@@ -3,11 +3,6 @@
 # Matrices are 2-D with a unit stride along their columns; weights and biases are dense.
 
 
-cdef inline void set_matrix(fastseq_matrix* matrix, object tensor) except *:
-    matrix.data = address(tensor)
-    matrix.row_stride = tensor.stride(0) if tensor is not None else 0
-
-
 cdef void set_linear_shape(fastseq_linear_shape* shape, int64_t rows, int64_t inputs, int64_t outputs, int activation,
                            double dropout, seed, int threads) except *:
     shape.rows, shape.inputs, shape.outputs = rows, inputs, outputs

@@ -169,8 +169,10 @@ def test_inference_goes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not general
         ours(torch.randn(4, 2, dtype=torch.float64).t())
         assert len(general) == 1, "strides that need a copy"
+        ours(x.expand(3, 2, 4))
+        assert len(general) == 2, "rows at no one distance"
     ours(x)
-    assert len(general) == 2, "gradients"
+    assert len(general) == 3, "gradients"
 
 
 def test_errors_are_torchs() -> None:

@@ -13,6 +13,8 @@
 #include "attention_forward.h"
 #include "linear_backward.h"
 #include "linear_forward.h"
+#include "norm_backward.h"
+#include "norm_forward.h"
 #include "peak.h"
 #include "rnn_backward.h"
 #include "rnn_forward.h"
@@ -65,5 +67,7 @@ const fastseq_kernel_table FS_JOIN(fastseq_table_, FS_ISA) = {
     {linear_forward<float>, linear_forward<double>},
     {linear_backward<float>, linear_backward<double>},
     element_dropout_mask,
+    {norm_forward<float>, norm_forward<double>},
+    {norm_backward<float>, norm_backward<double>},
     {fma_gflops<float>, fma_gflops<double>},
 };

@@ -71,6 +71,10 @@ FS_INLINE Vec<T> broadcast(T value) {
 template <class T>
 FS_INLINE Vec<T> load_partial(const T* pointer, int64_t count) {
   if (count >= lanes<T>) return load(pointer);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), pointer);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_maskz_loadu_pd((__mmask8)((1u << count) - 1), pointer);
+#endif
   alignas(FS_VECTOR_BYTES) T buffer[lanes<T>] = {};
   for (int64_t i = 0; i < count; ++i) buffer[i] = pointer[i];
   return load(buffer);
@@ -78,6 +82,10 @@ FS_INLINE Vec<T> load_partial(const T* pointer, int64_t count) {
 template <class T>
 FS_INLINE void store_partial(T* pointer, Vec<T> value, int64_t count) {
   if (count >= lanes<T>) return store(pointer, value);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(pointer, (__mmask16)((1u << count) - 1), (__m512)value);
+  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(pointer, (__mmask8)((1u << count) - 1), (__m512d)value);
+#endif
   alignas(FS_VECTOR_BYTES) T buffer[lanes<T>];
   store(buffer, value);
   for (int64_t i = 0; i < count; ++i) pointer[i] = buffer[i];

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastseq._attention import WEIGHTS_MEAN, WEIGHTS_NONE, Options, Terms
 
-__all__ = ["alibi_bias", "attention", "dropout_keep", "visible_pairs"]
+__all__ = ["alibi_bias", "attention", "dropout_keep", "philox", "visible_pairs"]
 
 _LOW_32 = 0xFFFFFFFF
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fastseq.functional.attention import attention, attention_paged, attention_varlen
 from fastseq.functional.linear import linear
+from fastseq.functional.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastseq.functional.recurrent import (
     Lengths,
     States,
@@ -25,14 +26,18 @@ from fastseq.functional.scaled_dot_product import scaled_dot_product_attention
 __all__ = [
     "Lengths",
     "States",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_paged",
     "attention_varlen",
     "gru",
     "gru_cell",
+    "layer_norm",
     "linear",
     "lstm",
     "lstm_cell",
+    "rms_norm",
     "rnn",
     "rnn_cell",
     "run_cell",
