@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fastseq.nn as fast_nn
 
 RECURRENT = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
-NAMES = (*RECURRENT, "MultiheadAttention")
+NAMES = (*RECURRENT, "MultiheadAttention", "LayerNorm", "RMSNorm")
 INFOS = {
     info.module_cls.__name__: info
     for info in module_db
