@@ -12,10 +12,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastseq import functional, integrations, nn
-    from fastseq._config import backend, capabilities, isa, set_isa
+    from fastseq import functional, generation, integrations, nn
+    from fastseq._config import backend, capabilities, isa, linear_product, set_isa
     from fastseq.backends import FastseqFallbackWarning
     from fastseq.convert import Report, convert, revert
+    from fastseq.generation import Beam, Greedy, Sample, generate
     from fastseq.patch import patch_sdpa
 
 try:
@@ -25,28 +26,39 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 # Public name -> the submodule that holds it.
 _HOME = {
+    "Beam": "generation",
     "FastseqFallbackWarning": "backends",
+    "Greedy": "generation",
     "Report": "convert",
+    "Sample": "generation",
     "backend": "_config",
     "capabilities": "_config",
     "convert": "convert",
+    "generate": "generation",
     "isa": "_config",
+    "linear_product": "_config",
     "patch_sdpa": "patch",
     "revert": "convert",
     "set_isa": "_config",
 }
-_SUBMODULES = ("functional", "integrations", "nn")
+_SUBMODULES = ("functional", "generation", "integrations", "nn")
 
 __all__ = [
+    "Beam",
     "FastseqFallbackWarning",
+    "Greedy",
     "Report",
+    "Sample",
     "__version__",
     "backend",
     "capabilities",
     "convert",
     "functional",
+    "generate",
+    "generation",
     "integrations",
     "isa",
+    "linear_product",
     "nn",
     "patch_sdpa",
     "revert",

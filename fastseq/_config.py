@@ -6,6 +6,9 @@ Environment, read when the kernels are first needed:
     ``cpu`` (the compiled kernels, the default) or ``reference`` (plain torch operators).
 ``FASTSEQ_ISA``
     a tier of :func:`capabilities` ``["isa_built"]``, e.g. ``avx2``. Default: the best usable one.
+``FASTSEQ_LINEAR``
+    whose matrix product linear layers run on: ``fused`` (the kernels'), ``torch``, or ``auto``, the
+    default: what ``python -m fastseq.info --tune`` has measured here, ``fused`` before.
 
 A name that is unknown or that this processor cannot run raises :class:`ValueError`: a measurement
 must never silently have come from other code than was asked for.
@@ -24,20 +27,27 @@ from typing import Any
 
 __all__ = [
     "BACKENDS",
+    "LINEAR_PRODUCTS",
     "backend",
     "backend_name",
     "capabilities",
     "extension",
     "fma_peak_gflops",
     "isa",
+    "linear_product",
+    "linear_product_name",
     "set_isa",
 ]
 
 BACKENDS = ("cpu", "reference")
+LINEAR_PRODUCTS = ("auto", "fused", "torch")
 
 _extension: ModuleType | None = None
 _extension_error: str | None = None
 _backend: str | None = None
+_linear_product: str | None = None
+# Whether every product of linear layers is known to be the kernels'. fastseq._products finds out.
+fused_everywhere = False
 
 
 def extension() -> ModuleType:
@@ -89,6 +99,42 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _backend = previous
+
+
+def linear_product_name() -> str:
+    """Whose matrix product linear layers run on: ``"auto"``, ``"fused"`` or ``"torch"``."""
+    global _linear_product
+    if _linear_product is None:
+        name = os.environ.get("FASTSEQ_LINEAR") or "auto"
+        _linear_product = _checked_product(name, "FASTSEQ_LINEAR")
+    return _linear_product
+
+
+def _checked_product(name: str, argument: str) -> str:
+    if name not in LINEAR_PRODUCTS:
+        raise ValueError(f"{argument} must be one of {list(LINEAR_PRODUCTS)}, got {name!r}")
+    return name
+
+
+@contextmanager
+def linear_product(name: str) -> Iterator[None]:
+    """Run linear layers in the block on the matrix product of ``name``.
+
+    ``"fused"``: the kernels'. ``"torch"``: torch's, followed by activation, dropout and residual as
+    operators of their own. ``"auto"``: whichever ``python -m fastseq.info --tune`` found faster.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+    """
+    global _linear_product, fused_everywhere
+    checked = _checked_product(name, "linear_product")
+    previous, _linear_product = linear_product_name(), checked
+    fused_everywhere = False
+    try:
+        yield
+    finally:
+        _linear_product = previous
+        fused_everywhere = False
 
 
 def set_isa(name: str) -> None:

@@ -134,6 +134,44 @@ def plain_attention(
     grouped: bool,
     scale: float | None,
 ) -> Tensor | None: ...
+def linear_forward(
+    dtype: int,
+    threads: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    output: Tensor,
+    pre_activation: Tensor | None,
+    activation: int,
+    dropout: float,
+    seed: Tensor | None,
+) -> None: ...
+def linear_backward(
+    dtype: int,
+    threads: int,
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    pre_activation: Tensor | None,
+    activation: int,
+    dropout: float,
+    seed: Tensor | None,
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None: ...
+def element_dropout_mask(
+    rows: int, columns: int, probability: float, seed: Tensor, keep: Tensor
+) -> None: ...
+def plain_linear(
+    threads: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    residual: Tensor | None,
+) -> Tensor | None: ...
 def norm_forward(
     dtype: int,
     threads: int,
@@ -165,6 +203,17 @@ def norm_backward(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None: ...
+def element_dropout_mask(
+    rows: int, columns: int, probability: float, seed: Tensor, keep: Tensor
+) -> None: ...
+def plain_linear(
+    threads: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    residual: Tensor | None,
+) -> Tensor | None: ...
 def plain_norm(
     threads: int,
     input: Tensor,

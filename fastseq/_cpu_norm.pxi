@@ -3,11 +3,6 @@
 # Matrices are 2-D tensors with unit stride along their rows. `statistics` is (3, M) for layer norm, (1, M) for RMS norm.
 
 
-cdef inline void set_matrix(fastseq_matrix* matrix, object tensor) except *:
-    matrix.data = address(tensor)
-    matrix.row_stride = 0 if tensor is None else tensor.stride(0)
-
-
 cdef inline void set_statistics(fastseq_norm_statistics* target, object tensor, int64_t rows, int dtype) except *:
     cdef char* first = <char*>address(tensor)
     cdef int64_t row_bytes = rows * (8 if dtype else 4)

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn as torch_nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastseq import nn as fast_nn
 from fastseq.backends import FUSED_DTYPES
@@ -24,6 +25,11 @@ __all__ = ["Report", "Row", "convert", "revert"]
 
 # The one table of what can be swapped: a new layer is a new row.
 REGISTRY: dict[type[torch_nn.Module], type[torch_nn.Module]] = {
+    torch_nn.Transformer: fast_nn.Transformer,
+    torch_nn.TransformerEncoder: fast_nn.TransformerEncoder,
+    torch_nn.TransformerDecoder: fast_nn.TransformerDecoder,
+    torch_nn.TransformerEncoderLayer: fast_nn.TransformerEncoderLayer,
+    torch_nn.TransformerDecoderLayer: fast_nn.TransformerDecoderLayer,
     torch_nn.RNN: fast_nn.RNN,
     torch_nn.LSTM: fast_nn.LSTM,
     torch_nn.GRU: fast_nn.GRU,
@@ -33,10 +39,19 @@ REGISTRY: dict[type[torch_nn.Module], type[torch_nn.Module]] = {
     torch_nn.MultiheadAttention: fast_nn.MultiheadAttention,
     torch_nn.LayerNorm: fast_nn.LayerNorm,
     torch_nn.RMSNorm: fast_nn.RMSNorm,
+    torch_nn.Linear: fast_nn.Linear,
 }
 _REVERSE = {fast: plain for plain, fast in REGISTRY.items()}
 _NAMES = {plain.__name__ for plain in REGISTRY}
 
+# All of whose parameters are those of their parts.
+_STACKS = (
+    torch_nn.Transformer,
+    torch_nn.TransformerEncoder,
+    torch_nn.TransformerDecoder,
+    torch_nn.TransformerEncoderLayer,
+    torch_nn.TransformerDecoderLayer,
+)
 _ATTENTION_WEIGHTS = (
     "in_proj_weight",
     "q_proj_weight",
@@ -145,11 +160,13 @@ def convert(
 ) -> Report:
     """Make every :mod:`torch.nn` layer in ``model`` that fastseq has a fastseq layer, in place.
 
-    Only instances of exactly the registered types are swapped. A layer that appears several times
-    in the tree is swapped once. Layers that cannot be swapped are left as they are, each with its
-    reason in the report: subclasses, parametrized, pruned or otherwise recomputed weights,
-    quantized and TorchScript modules, dtypes and devices without fused kernels, instances whose
-    ``forward`` was replaced.
+    Only instances of exactly the registered types are swapped, whole Transformer layers and stacks
+    of them along with their parts. A layer that appears several times in the tree is swapped once.
+    Layers that cannot be swapped are left as they are, each with its reason in the report:
+    subclasses, parametrized, pruned or otherwise recomputed weights, quantized and TorchScript
+    modules, dtypes and devices without fused kernels, instances whose ``forward`` was replaced. The
+    output projection inside an attention layer is part of that layer, which reads its weights and
+    never calls it, and is not listed.
 
     Args:
         model: the model; it may itself be such a layer.
@@ -170,9 +187,10 @@ def convert(
     _check_model(model)
     rows: list[Row] = []
     chosen: list[torch_nn.Module] = []
+    parts = _attention_parts(model)
     for module, fqns in _unique_modules(model):
         names = _old_and_new(module)
-        if names is None:
+        if names is None or id(module) in parts:
             continue
         status, reason = "converted", ""
         if not any(_matches(include, fqn, module, default=True) for fqn in fqns):
@@ -234,6 +252,8 @@ def _without_counterpart(module: torch_nn.Module) -> str:
             return "torch.nn.MultiheadAttention has no num_kv_heads"
         if "rope" in module._modules:
             return "torch.nn.MultiheadAttention has no rope"
+    if isinstance(module, fast_nn.TransformerDecoderLayer) and not module.cross_attention:
+        return "torch.nn.TransformerDecoderLayer has no cross_attention=False"
     return ""
 
 
@@ -250,6 +270,16 @@ def _unique_modules(
     for fqn, module in model.named_modules(remove_duplicate=False):
         found.setdefault(id(module), (module, []))[1].append(fqn)
     return found.values()
+
+
+def _attention_parts(model: torch_nn.Module) -> set[int]:
+    """The output projections of attention layers, by identity."""
+    return {
+        id(module.out_proj)
+        for module in model.modules()
+        if isinstance(module, torch_nn.MultiheadAttention)
+        and isinstance(module.out_proj, NonDynamicallyQuantizableLinear)
+    }
 
 
 def _rows(fqns: Sequence[str], old: str, new: str, status: str, reason: str) -> Iterator[Row]:
@@ -297,8 +327,9 @@ def _obstacle(module: torch_nn.Module) -> str:
         return f"parametrized: {', '.join(module.parametrizations)}"  # type: ignore[arg-type]
     if kind not in REGISTRY:
         return f"subclass of torch.nn.{_base_name(kind)}, which may compute something else"
-    if "forward" in vars(module):
-        return "forward was replaced on this instance"
+    for name in ("forward", "_sa_block", "_mha_block", "_ff_block"):
+        if name in vars(module):
+            return f"{name} was replaced on this instance"
     if getattr(module, "qconfig", None) is not None:
         return "prepared for quantization: it has a qconfig"
     return _weight_obstacle(module)
@@ -329,7 +360,9 @@ def _weight_names(module: torch_nn.Module) -> Sequence[str]:
         return module._flat_weights_names
     if isinstance(module, torch_nn.MultiheadAttention):
         return _ATTENTION_WEIGHTS
-    if isinstance(module, (torch_nn.LayerNorm, torch_nn.RMSNorm)):
+    if isinstance(module, _STACKS):
+        return ()
+    if isinstance(module, (torch_nn.Linear, torch_nn.LayerNorm, torch_nn.RMSNorm)):
         return ("weight", "bias")
     return ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 

@@ -63,19 +63,43 @@ def lines(info: dict[str, Any]) -> list[str]:
     return [f"{label:<{width}}  {value}" for label, value in rows.items()]
 
 
+def _tuned() -> list[str]:
+    """Measure the products of linear layers; what came out, one line per class of shapes."""
+    from fastseq import _products
+
+    times = _products.tune()
+    rows = [
+        f"{name:<36} {ours * 1e6:>9.1f} {theirs * 1e6:>9.1f}  {_products.winner(ours, theirs)}"
+        for name, (ours, theirs) in times.items()
+    ]
+    header = f"{'class':<36} {'fused us':>9} {'torch us':>9}  chosen"
+    return [header, *rows, f"written to {_products.table_path()}"]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="fastseq info", description="Show versions, instruction sets, threads and caches."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure whose matrix product is faster, the kernels' or torch's, and remember it",
+    )
     # Not parse_args(): its own complaint is the usage text and the error, we want one line.
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         print(f"fastseq info: unknown argument {unknown[0]!r} (see --help)", file=sys.stderr)
         return 2
     try:
+        if parsed.tune:
+            print("\n".join(_tuned()))
+            return 0
         info = collect()
+    except (ImportError, OSError) as error:
+        print(f"fastseq info: cannot tune: {error}", file=sys.stderr)
+        return 2
     except ValueError as error:  # a setting such as FASTSEQ_ISA with a wrong value
         print(f"fastseq info: {error}", file=sys.stderr)
         return 2

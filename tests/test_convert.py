@@ -28,7 +28,7 @@ def _seed() -> None:
 
 
 class Tagger(nn.Module):
-    """A small model with two different layers and one layer under two names."""
+    """A small model with three different layers and one layer under two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,11 +57,13 @@ def test_nested_layers_are_swapped_in_place() -> None:
     expected = model(tokens)
     report = convert(model)
     assert report.model is model
-    assert statuses(report) == dict.fromkeys(["encoder.lstm", "encoder.gru", "shared"], "converted")
+    names = ["encoder.lstm", "encoder.gru", "shared", "head"]
+    assert statuses(report) == dict.fromkeys(names, "converted")
     assert type(model.encoder["lstm"]) is fast_nn.LSTM
     assert type(model.encoder["gru"]) is fast_nn.GRU
     assert model.shared is model.encoder["gru"]
-    assert type(model.head) is nn.Linear
+    assert type(model.head) is fast_nn.Linear
+    assert type(model.embedding) is nn.Embedding
     assert type(model) is Tagger
     torch.testing.assert_close(model(tokens), expected, rtol=1e-5, atol=1e-6)
     assert next(row for row in report if row.fqn == "shared").reason.endswith("encoder.gru")
@@ -248,7 +250,7 @@ def test_unfit_layers_are_skipped_with_the_reason(what: str) -> None:
 
 
 def test_strict_passes_where_everything_converts() -> None:
-    model = nn.Sequential(nn.LSTM(3, 3), nn.Linear(3, 3))
+    model = nn.Sequential(nn.LSTM(3, 3), nn.Embedding(3, 3))
     assert len(convert(model, strict=True)) == 1
     unfit = nn.Sequential(Residual(3, 3))
     assert statuses(convert(unfit, strict=True, exclude="0")) == {"0": "excluded"}
@@ -324,7 +326,7 @@ def test_report_as_plain_text(
     ]
     assert "skipped" in lines[3]
     assert "subclass of torch.nn.LSTM" in lines[3]
-    nothing = fastseq.convert(nn.Linear(2, 2), verbose=False)
+    nothing = fastseq.convert(nn.Embedding(2, 2), verbose=False)
     assert str(nothing) == "no layers found that fastseq has"
     fastseq.convert(nn.LSTM(3, 4), verbose=False)
     assert "(root)" not in capsys.readouterr().out

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations, prune
 
 import fastseq
 import fastseq.nn as fast_nn
-from fastseq import functional
 from fastseq.nn import MultiheadAttention, RotaryEmbedding
+from fastseq.nn._projected_attention import ProjectedAttention
 
 # Layer norms divide by a standard deviation of about one; the sums are of some tens of terms.
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -27,15 +27,20 @@ def _seed() -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The shape of the query in every call of functional.attention."""
+    """The shape of the heads, or of packed rows, in every call of our attention."""
     seen: list[Any] = []
-    original = functional.attention
 
-    def record(query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen.append(tuple(query.shape))
-        return original(query, *args, **kwargs)
+    def record(name: str) -> None:
+        original = getattr(ProjectedAttention, name)
 
-    monkeypatch.setattr(functional, "attention", record)
+        def spy(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen.append(tuple(input.shape))
+            return original(self, input, *args, **kwargs)
+
+        monkeypatch.setattr(ProjectedAttention, name, spy)
+
+    record("_attend")
+    record("_attend_packed")
     return seen
 
 
@@ -237,7 +242,15 @@ def test_whole_transformer(training: bool, calls: list[Any]) -> None:
     }
     expected = model(source, target, **arguments)
     report = convert(model)
-    assert sum("MultiheadAttention" in row.new for row in report.converted) == 6
+    kinds = [row.new.removeprefix("fastseq.nn.") for row in report.converted]
+    assert kinds[:3] == ["Transformer", "TransformerEncoder", "TransformerEncoderLayer"]
+    assert kinds.count("MultiheadAttention") == 6
+    assert kinds.count("TransformerDecoderLayer") == 2
+    names = [row.fqn.rpartition(".")[2] for row in report.converted]
+    assert sum(name in ("self_attn", "multihead_attn") for name in names) == 6
+    assert sum(name in ("linear1", "linear2") for name in names) == 8
+    assert "out_proj" not in names, "a part of its attention layer"
+    assert not report.skipped
     actual = model(source, target, **arguments)
     assert len(calls) == 6
     torch.testing.assert_close(actual, expected, **CLOSE)

@@ -2,18 +2,301 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import math
+from collections.abc import Sequence
+from typing import Any
 
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from fastseq import _config
+from fastseq._linear import NONE, RELU
+from fastseq._ops.shared import (
+    PLAIN_TYPES,
+    has_lazy_negation,
+    is_watched,
+    library,
+    needs_gradient,
+    or_empty,
+    wants_composite,
+)
 from fastseq.backends import reference_linear
 
 __all__ = ["linear", "plain_linear"]
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+library.define(
+    "linear_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? seed, "
+    "int activation, float dropout_p, bool save) -> (Tensor output, Tensor saved)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+library.define(
+    "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor? seed, "
+    "Tensor? saved, int activation, float dropout_p, bool[] needs) "
+    "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+
+_backend: Any = None
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_get_tracing_state = torch._C._get_tracing_state
+_are_transforms_active = torch._C._are_functorch_transforms_active
+
+
+def _cpu() -> Any:
+    global _backend
+    if _backend is None:
+        from fastseq.backends import cpu_linear
+
+        _backend = cpu_linear
+    return _backend
+
+
+# --- kernels
+
+
+@torch.library.impl(library, "linear_forward", "CPU")
+def _linear_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    activation: int,
+    dropout_p: float,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    output, z = _cpu().linear_forward(
+        input, weight, bias, residual, seed, activation, dropout_p, save
+    )
+    return output, or_empty(z, input)
+
+
+@torch.library.impl(library, "linear_backward", "CPU")
+def _linear_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    saved: Tensor | None,
+    activation: int,
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    grads = _cpu().linear_backward(
+        grad_output, input, weight, seed, saved, activation, dropout_p, needs
+    )
+    return tuple(or_empty(grad, grad_output) for grad in grads)
+
+
+# --- fake kernels: shapes without values
+
+
+@torch.library.register_fake("fastseq::linear_forward", lib=library)  # type: ignore[untyped-decorator]
+def _linear_forward_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    activation: int,
+    dropout_p: float,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    outputs = weight.shape[0]
+    keeps = save and keeps_preactivation(activation, residual is not None)
+    saved_shape = (math.prod(input.shape[:-1]), outputs) if keeps else (0,)
+    return input.new_empty((*input.shape[:-1], outputs)), input.new_empty(saved_shape)
+
+
+@torch.library.register_fake("fastseq::linear_backward", lib=library)  # type: ignore[untyped-decorator]
+def _linear_backward_fake(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    saved: Tensor | None,
+    activation: int,
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    *batch, outputs = grad_output.shape
+    shapes: list[tuple[int, ...]] = [(0,), (0,), (0,)]
+    if needs[0]:
+        assert weight is not None
+        shapes[0] = (*batch, weight.shape[1])
+    if needs[1]:
+        assert input is not None
+        shapes[1] = (outputs, input.shape[-1])
+    if needs[2]:
+        shapes[2] = (outputs,)
+    return tuple(grad_output.new_empty(shape) for shape in shapes)
+
+
+# --- what forward keeps for backward
+
+
+def keeps_preactivation(activation: int, has_residual: bool) -> bool:
+    """Whether backward needs a tensor of its own for the activation's derivative.
+
+    A ReLU's derivative can be read off the output, which the next layer keeps anyway, unless
+    something was added to it: the gradient at a dropped element, 0 there, is 0 in any case.
+    """
+    return activation != NONE and (activation != RELU or has_residual)
+
+
+def _keep(ctx: Any, arguments: tuple[Any, ...], output: Tensor, z: Tensor | None) -> None:
+    """Save on ``ctx`` what the gradients asked for take; ``arguments`` are those of the call.
+
+    With an activation, double backward computes the pre-activation again, from all that it comes
+    from.
+    """
+    input, weight, bias, residual, seed, activation, dropout_p = arguments
+    needs = ctx.needs_input_grad[:3]
+    ctx.activation, ctx.dropout_p = activation, dropout_p
+    if not any(needs):  # the residual alone
+        ctx.save_for_backward(None, None, None, None, None)
+        return
+    active = activation != NONE
+    if active and not keeps_preactivation(activation, residual is not None):
+        z = output
+    ctx.save_for_backward(
+        input if needs[1] or active else None,
+        weight if needs[0] or active else None,
+        bias if active else None,
+        seed,
+        z if active else None,
+    )
+
+
+def _backward(ctx: Any, grad_output: Tensor, differentiable: bool, backward: Any) -> Gradients:
+    needs = ctx.needs_input_grad[:3]
+    if not any(needs):
+        return None, None, None
+    input, weight, bias, seed, z = ctx.saved_tensors
+    activation, dropout_p = ctx.activation, ctx.dropout_p
+    if differentiable:
+        if activation != NONE:
+            z = torch.nn.functional.linear(input, weight, bias)
+        keep = reference_linear.dropout_keep(seed, dropout_p, grad_output)
+        return reference_linear.gradients(
+            grad_output, input, weight, z, keep, activation, dropout_p, needs
+        )
+    found = backward(grad_output, input, weight, seed, z, activation, dropout_p, needs)
+    return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))  # type: ignore[return-value]
+
+
+# --- autograd of the op
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _keep(ctx, inputs[:-1], *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _op_backward(
+    ctx: Any, grad_output: Tensor | None, _grad_saved: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        return (None,) * 8
+    differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    grads = _backward(ctx, grad_output, differentiable, torch.ops.fastseq.linear_backward)
+    grad_residual = grad_output if ctx.needs_input_grad[3] else None
+    return *grads, grad_residual, None, None, None, None
+
+
+torch.library.register_autograd(
+    "fastseq::linear_forward", _op_backward, setup_context=_setup_context, lib=library
+)
+
+
+class _Linear(torch.autograd.Function):
+    """The same formula for plain tensors, without the dispatcher in between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        seed: Tensor | None,
+        activation: int,
+        dropout_p: float,
+    ) -> Tensor:
+        arguments = (input, weight, bias, residual, seed, activation, dropout_p)
+        output, z = _cpu().linear_forward(*arguments, any(ctx.needs_input_grad[:3]))
+        _keep(ctx, arguments, output, z)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grads = _backward(ctx, grad_output, torch.is_grad_enabled(), _cpu().linear_backward)
+        grad_residual = grad_output if ctx.needs_input_grad[3] else None
+        return *grads, grad_residual, None, None, None
+
+
+# --- work, for torch.utils.flop_counter
+
+
+@register_flop_formula(torch.ops.fastseq.linear_forward)
+def _forward_flops(
+    input_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return 2 * math.prod(input_shape) * weight_shape[0]
+
+
+@register_flop_formula(torch.ops.fastseq.linear_backward)
+def _backward_flops(
+    grad_shape: Sequence[int],
+    input_shape: Sequence[int] | None,
+    weight_shape: Sequence[int] | None,
+    seed: Any,
+    saved: Any,
+    activation: int,
+    dropout_p: float,
+    needs: Sequence[bool],
+    **_: Any,
+) -> int:
+    flops = 0
+    if needs[0] and weight_shape is not None:
+        flops += 2 * math.prod(grad_shape) * weight_shape[1]
+    if needs[1] and input_shape is not None:
+        flops += 2 * math.prod(grad_shape) * input_shape[-1]
+    return flops
+
+
+# --- entry points
 
 
 def plain_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: int, residual: Tensor | None
 ) -> Tensor | None:
-    """The most common inference call in one go; ``None`` where it is not as plain as that."""
-    return None
+    """The most common inference call, checked and run by the kernels' side in one go.
+
+    No dropout, no gradients, nobody watching, a residual in the output's shape. ``None`` whenever
+    the call is not as plain as that or its arguments do not fit.
+    """
+    # One test after the other without a function around them: together they are what the call has
+    # to spend. The kernels' side looks at the tensors.
+    if (
+        torch.compiler.is_compiling()
+        or not _config.fused_everywhere
+        or _dispatch_modes() > 0
+        or _is_any_autocast_enabled()
+        or _get_tracing_state()
+        or _are_transforms_active()
+        or forward_ad._current_level >= 0
+        or _config._backend != "cpu"
+    ):
+        return None
+    result: Tensor | None = _cpu().plain_linear(input, weight, bias, activation, residual)
+    return result
 
 
 def linear(
@@ -25,5 +308,30 @@ def linear(
     activation: int,
     dropout_p: float,
 ) -> Tensor:
-    """See :func:`fastseq.backends.reference_linear.linear`."""
-    return reference_linear.linear(input, weight, bias, residual, seed, activation, dropout_p)
+    """The layer, differentiable. Arguments have been checked by the caller.
+
+    Args and returns: see :func:`fastseq.backends.reference_linear.linear`; ``residual`` has the
+    shape of the output.
+    """
+    arguments = (input, weight, bias, residual, seed, activation, dropout_p)
+    if not is_watched():
+        # Other types (weights quantized by a wrapper, say) know torch's operators, not ours.
+        if wants_composite() or not _are_plain(input, weight, bias, residual):
+            return reference_linear.linear(*arguments)
+        if not has_lazy_negation(input, weight, bias, residual):
+            if needs_gradient((input, weight, bias, residual)):
+                return _Linear.apply(*arguments)
+            output: Tensor = _cpu().linear_forward(*arguments, False)[0]
+            return output
+    elif not torch.compiler.is_compiling() and wants_composite():
+        return reference_linear.linear(*arguments)
+    save = needs_gradient((input, weight, bias))
+    watched: Tensor = torch.ops.fastseq.linear_forward(*arguments, save)[0]
+    return watched
+
+
+def _are_plain(*tensors: Tensor | None) -> bool:
+    for tensor in tensors:  # noqa: SIM110  any() over a generator takes three times as long
+        if tensor is not None and type(tensor) not in PLAIN_TYPES:
+            return False
+    return True

@@ -26,12 +26,22 @@ _ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {
     GELU_TANH: lambda z: F.gelu(z, approximate="tanh"),
     SILU: F.silu,
 }
+
+
+def _silu_gradient(grad: Tensor, z: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(grad, z)
+    # torch's operator has no derivative of its own.
+    sigmoid = torch.sigmoid(z)
+    return grad * sigmoid * (1 + z * (1 - sigmoid))
+
+
 _GRADIENTS: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
     NONE: lambda grad, z: grad,
     RELU: lambda grad, z: torch.ops.aten.threshold_backward(grad, z, 0),
     GELU: lambda grad, z: torch.ops.aten.gelu_backward(grad, z),
     GELU_TANH: lambda grad, z: torch.ops.aten.gelu_backward(grad, z, approximate="tanh"),
-    SILU: lambda grad, z: torch.ops.aten.silu_backward(grad, z),
+    SILU: _silu_gradient,
 }
 
 
@@ -57,11 +67,11 @@ def dropout_keep(seed: Tensor | None, probability: float, like: Tensor) -> Tenso
 
 
 def drop(tensor: Tensor, keep: Tensor | None, probability: float) -> Tensor:
-    """Zero where not kept, and divide the rest by ``1 - probability``."""
+    """Divide what is kept by ``1 - probability`` and multiply the rest by zero, as torch does."""
     if keep is None:
         return tensor
-    scale = 1 / (1 - probability) if probability < 1 else 1.0
-    return torch.where(keep, tensor * scale, 0.0)
+    scale = 1 / (1 - probability) if probability < 1 else 0.0
+    return tensor * (keep.to(tensor.dtype) * scale)
 
 
 def linear(

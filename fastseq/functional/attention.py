@@ -108,6 +108,21 @@ def attention(
         ValueError: ``window``, ``softcap`` or lengths out of range.
         TypeError: an argument has the wrong type.
     """
+    if (
+        mask is None
+        and bias is None
+        and key_padding_mask is None
+        and window is None
+        and query_lengths is None
+        and key_lengths is None
+        and alibi_slopes is None
+        and softcap is None
+        and sinks is None
+        and not (dropout_p or return_lse or return_weights or bottom_right)
+    ):
+        result = _ops.plain_attention(query, key, value, causal, True, scale)
+        if result is not None:
+            return result
     _checks.tensors(query=query, key=key, value=value)
     _checks.dimensions((4, 3), query=query, key=key, value=value)
     _checks.same_kind(query, key, value)

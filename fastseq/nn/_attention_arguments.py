@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Masks", "Sizes", "check_call", "check_sizes", "masks"]
+from fastseq.nn.cache import KeyValueCache
+
+__all__ = [
+    "Masks",
+    "Plan",
+    "Sizes",
+    "check_attention_mask",
+    "check_call",
+    "check_extras",
+    "check_sizes",
+    "is_readable",
+    "masks",
+]
 
 
 class Sizes(NamedTuple):
@@ -42,6 +54,13 @@ class Masks:
             self.bias = pad(self.bias, (0, count))
         if self.key_padding_mask is not None:
             self.key_padding_mask = pad(self.key_padding_mask, (0, count), value=False)
+
+
+class Plan(NamedTuple):
+    """A call whose arguments have been checked."""
+
+    sizes: Sizes
+    masks: Masks
 
 
 def check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int | None) -> None:
@@ -125,7 +144,7 @@ def check_call(
             )
         sizes = Sizes(True, batch, query.size(steps_at), key.size(steps_at) + held)
     if attn_mask is not None:
-        _check_attention_mask(attn_mask, sizes, num_heads)
+        check_attention_mask(attn_mask, sizes, num_heads)
     if key_padding_mask is not None:
         expected = (sizes.batch, sizes.keys) if batched else (sizes.keys,)
         if key_padding_mask.shape != expected:
@@ -133,6 +152,39 @@ def check_call(
                 f"key_padding_mask must have shape {expected}, got {tuple(key_padding_mask.shape)}"
             )
     return sizes
+
+
+def check_extras(
+    module: torch.nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    cache: KeyValueCache | None,
+    positions: Tensor | None,
+    sizes: Sizes,
+) -> None:
+    """What torch's module has not: a cache, and positions for a rotary embedding."""
+    new_keys = sizes.keys - (0 if cache is None else cache.length)
+    if cache is not None:
+        if module.bias_k is not None or module.add_zero_attn:
+            raise ValueError("cache cannot be combined with add_bias_kv or add_zero_attn")
+        if new_keys != sizes.queries:
+            raise ValueError(
+                "key must have the positions of query where a cache is given: "
+                f"expected {sizes.queries}, got {new_keys}"
+            )
+    if positions is not None:
+        if "rope" not in module._modules:
+            raise ValueError("positions must be None in a layer without rope")
+        if new_keys != sizes.queries:
+            raise ValueError(
+                "positions must be None where query and key have different lengths: "
+                f"got {sizes.queries} and {new_keys}"
+            )
+        if positions.shape not in ((sizes.queries,), (sizes.batch, sizes.queries)):
+            raise ValueError(
+                f"positions must have shape {(sizes.queries,)} or "
+                f"{(sizes.batch, sizes.queries)}, got {tuple(positions.shape)}"
+            )
 
 
 def _check_ranks(
@@ -160,7 +212,7 @@ def _check_ranks(
     return rank == 3
 
 
-def _check_attention_mask(attn_mask: Tensor, sizes: Sizes, num_heads: int) -> None:
+def check_attention_mask(attn_mask: Tensor, sizes: Sizes, num_heads: int) -> None:
     expected: tuple[int, ...] = (sizes.queries, sizes.keys)
     if attn_mask.dim() == 3:
         expected = (sizes.batch * num_heads, *expected)
@@ -217,7 +269,7 @@ def masks(
     return result
 
 
-def _readable(mask: Tensor) -> bool:
+def is_readable(mask: Tensor) -> bool:
     """Whether Python may look at the values without cost to a recording, compiler or gradient."""
     return (
         type(mask) is Tensor
@@ -232,7 +284,7 @@ def _readable(mask: Tensor) -> bool:
 
 def _is_causal(mask: Tensor) -> bool:
     """Whether a 2-D mask hides exactly the keys after each query's own position."""
-    if mask.dim() != 2 or not _readable(mask):
+    if mask.dim() != 2 or not is_readable(mask):
         return False
     causal = torch.ones(mask.shape, dtype=torch.bool).triu_(1)
     if mask.dtype == torch.bool:
@@ -242,4 +294,4 @@ def _is_causal(mask: Tensor) -> bool:
 
 def _hides_or_shows(mask: Tensor) -> bool:
     """Whether a float mask holds nothing but 0 and -inf."""
-    return _readable(mask) and bool(((mask == 0) | (mask == float("-inf"))).all())
+    return is_readable(mask) and bool(((mask == 0) | (mask == float("-inf"))).all())

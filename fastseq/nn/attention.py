@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter, init
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fastseq import functional
 from fastseq.backends import fallback_reason, warn_fallback
-from fastseq.functional import linear
 from fastseq.nn import _attention_arguments as arguments
 from fastseq.nn._attention_fallback import run_nested, run_torch
+from fastseq.nn._projected_attention import ProjectedAttention
 from fastseq.nn.cache import KeyValueCache
 from fastseq.nn.rotary import RotaryEmbedding
 
 __all__ = ["MultiheadAttention"]
 
 
-class MultiheadAttention(torch.nn.MultiheadAttention):
+class MultiheadAttention(ProjectedAttention):
     """Multi-head attention as in :class:`torch.nn.MultiheadAttention`, down to the parameters.
 
     ``softmax(Q K^T / sqrt(E / H)) V`` per head between linear projections (Vaswani et al.,
@@ -54,9 +53,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             divide ``num_heads``, or ``rope`` rotates more features than a head has.
         AssertionError: ``num_heads`` does not divide ``embed_dim``.
     """
-
-    # None stands for as many as num_heads. A class attribute, because a converted layer has none.
-    num_kv_heads: int | None = None
 
     def __init__(
         self,
@@ -139,14 +135,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             init.xavier_normal_(self.bias_k)
             init.xavier_normal_(self.bias_v)
 
-    def _projection_weights(self) -> tuple[Tensor, ...]:
-        """The packed weight, or those of query, key and value."""
-        packed = cast("Tensor | None", self.in_proj_weight)
-        if packed is not None:
-            return (packed,)
-        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        return tuple(weight for weight in weights if weight is not None)
-
     def forward(
         self,
         query: Tensor,
@@ -224,161 +212,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 is_causal,
             )
         held = 0 if cache is None else cache.length
-        sizes = arguments.check_call(
-            query,
-            key,
-            value,
-            key_padding_mask,
-            attn_mask,
-            is_causal and cache is None,
-            held,
-            self.embed_dim,
-            self.num_heads,
-            self.in_proj_weight is not None,
-            self.kdim,
-            self.vdim,
-            self.batch_first,
-            self.out_proj.weight,
+        plan = self._plan(
+            query, key, value, key_padding_mask, attn_mask, is_causal, need_weights, cache
         )
         if cache is not None or positions is not None:
-            self._check_extras(query, key, cache, positions, sizes)
-        masks = arguments.masks(
-            attn_mask,
-            key_padding_mask,
-            is_causal and cache is None,
-            sizes,
-            self.num_heads,
-            # torch's rule, by which results stay those of torch even if the hint is wrong.
-            obey_hint=key_padding_mask is None and not need_weights,
-            # Appended keys are for all queries; as the causal mask it would hide them.
-            check_hint=self.bias_k is None and not self.add_zero_attn,
+            arguments.check_extras(self, query, key, cache, positions, plan.sizes)
+        q, k, v = (
+            self._split_heads(tensor, plan.sizes.batched)
+            for tensor in self._project(query, key, value)
         )
-
-        projected = self._project(query, key, value)
-        q, k, v = (self._split_heads(tensor, sizes.batched) for tensor in projected)
         if rope is not None:
             q, k = self._rotate(rope, q, k, positions, held)
         if cache is not None:
             k, v = cache.append(k, v)
-            masks.causal = masks.bottom_right = True
-        k, v, sinks = self._append_keys(k, v, masks, need_weights)
-
-        result = functional.attention(
-            q,
-            k,
-            v,
-            causal=masks.causal,
-            bottom_right=masks.bottom_right,
-            mask=masks.mask,
-            bias=masks.bias,
-            key_padding_mask=masks.key_padding_mask,
-            sinks=sinks,
-            dropout_p=self.dropout if self.training else 0.0,
-            return_weights=need_weights,
-            average_weights=average_attn_weights,
-        )
-        attended, weights = result if need_weights else (result, None)
-        if weights is not None and not sizes.batched:
-            weights = weights.squeeze(0)
-        merged = self._merge_heads(attended, sizes.batched)
-        return linear(merged, self.out_proj.weight, self.out_proj.bias), weights
-
-    def _check_extras(
-        self,
-        query: Tensor,
-        key: Tensor,
-        cache: KeyValueCache | None,
-        positions: Tensor | None,
-        sizes: arguments.Sizes,
-    ) -> None:
-        new_keys = sizes.keys - (0 if cache is None else cache.length)
-        if cache is not None:
-            if self.bias_k is not None or self.add_zero_attn:
-                raise ValueError("cache cannot be combined with add_bias_kv or add_zero_attn")
-            if new_keys != sizes.queries:
-                raise ValueError(
-                    "key must have the positions of query where a cache is given: "
-                    f"expected {sizes.queries}, got {new_keys}"
-                )
-        if positions is not None:
-            if "rope" not in self._modules:
-                raise ValueError("positions must be None in a layer without rope")
-            if new_keys != sizes.queries:
-                raise ValueError(
-                    "positions must be None where query and key have different lengths: "
-                    f"got {sizes.queries} and {new_keys}"
-                )
-            if positions.shape not in ((sizes.queries,), (sizes.batch, sizes.queries)):
-                raise ValueError(
-                    f"positions must have shape {(sizes.queries,)} or "
-                    f"{(sizes.batch, sizes.queries)}, got {tuple(positions.shape)}"
-                )
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of all heads, by as few products as there are inputs."""
-        kv_dim = self.head_dim * (self.num_kv_heads or self.num_heads)
-        parts = [self.embed_dim, kv_dim, kv_dim]
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        if weight is not None and key is value:
-            if query is key:
-                return linear(query, weight, bias).split(parts, dim=-1)
-            both = [self.embed_dim, 2 * kv_dim]
-            q_weight, kv_weight = weight.split(both)
-            q_bias, kv_bias = (None, None) if bias is None else bias.split(both)
-            k, v = linear(key, kv_weight, kv_bias).chunk(2, dim=-1)
-            return linear(query, q_weight, q_bias), k, v
-        weights = self._projection_weights() if weight is None else weight.split(parts)
-        biases = (None, None, None) if bias is None else bias.split(parts)
-        q, k, v = map(linear, (query, key, value), weights, biases)
-        return q, k, v
-
-    def _split_heads(self, projected: Tensor, batched: bool) -> Tensor:
-        """A view ``(B, H, S, E)``."""
-        heads = projected.unflatten(-1, (-1, self.head_dim))
-        if not batched:
-            return heads.transpose(0, 1).unsqueeze(0)
-        return heads.transpose(1, 2) if self.batch_first else heads.permute(1, 2, 0, 3)
-
-    def _merge_heads(self, attended: Tensor, batched: bool) -> Tensor:
-        """``(B, H, S, E)`` to the layout of the query."""
-        if not batched:
-            return attended.squeeze(0).transpose(0, 1).flatten(-2)
-        order = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
-        return attended.permute(order).flatten(-2)
-
-    def _rotate(
-        self, rope: torch.nn.Module, q: Tensor, k: Tensor, positions: Tensor | None, held: int
-    ) -> tuple[Tensor, Tensor]:
-        if positions is None and held:
-            positions = torch.arange(held, held + q.size(2), device=q.device)
-        elif positions is not None and positions.dim() == 2:
-            positions = positions.unsqueeze(1)
-        return rope(q, positions), rope(k, positions)
-
-    def _append_keys(
-        self, k: Tensor, v: Tensor, masks: arguments.Masks, need_weights: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add what ``add_bias_kv`` and ``add_zero_attn`` ask for; also returns the sinks."""
-        sinks = None
-        added: list[tuple[Tensor, Tensor]] = []
-        if self.bias_k is not None and self.bias_v is not None:
-            shape = (k.size(0), k.size(1), 1, self.head_dim)
-            heads = (1, k.size(1), 1, self.head_dim)
-            added.append(
-                (self.bias_k.view(heads).expand(shape), self.bias_v.view(heads).expand(shape))
-            )
-        if self.add_zero_attn:
-            if need_weights or masks.causal:
-                zero = k.new_zeros(k.size(0), k.size(1), 1, self.head_dim)
-                added.append((zero, zero))
-            else:
-                # A key and value of zeros add 1 to the denominator and nothing else.
-                sinks = k.new_zeros(self.num_heads)
-        if added:
-            k = torch.cat([k, *(key for key, _ in added)], dim=2)
-            v = torch.cat([v, *(value for _, value in added)], dim=2)
-            masks.append_visible_keys(len(added))
-        return k, v, sinks
+        return self._attend(q, k, v, plan, need_weights, average_attn_weights)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """torch.jit.script compiles source, not kernels: give it torch's layer, same parameters."""

@@ -77,17 +77,32 @@ class KeyValueCache:
         """
         self._check(key, value)
         start, end = self._length, self._length + key.size(2)
-        if self._keys is None or end > self._keys.size(2) or self._frozen(self._keys):
-            # Doubling makes the copies of all growth together cost as much as one last copy.
-            full = self._keys is not None and end > self.capacity
-            capacity = max(end, 2 * self.capacity if full else self.capacity)
-            self._keys = self._grown(self._keys, key, capacity)
-            self._values = self._grown(self._values, value, capacity)
+        self._reserve(key, value, end)
+        assert self._keys is not None
         assert self._values is not None
         self._keys[:, :, start:end] = key.detach()
         self._values[:, :, start:end] = value.detach()
         self._length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def _append_next(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`append` for a layer of which it was checked that nothing requires gradients."""
+        keys, values = self._keys, self._values
+        steps = key.size(2)
+        start, end = self._length, self._length + steps
+        if (
+            keys is None
+            or values is None
+            or end > keys.size(2)
+            or key.size(0) != keys.size(0)
+            or key.dtype is not keys.dtype
+            or self._frozen(keys)
+        ):
+            return self.append(key, value)
+        keys.narrow(2, start, steps).copy_(key)
+        values.narrow(2, start, steps).copy_(value)
+        self._length = end
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def reset(self) -> None:
         """Forget all positions; the memory is kept for the next sequence of the same shape."""
@@ -108,22 +123,45 @@ class KeyValueCache:
 
         Args:
             indices: ``(B',)`` integers; ``B'`` becomes the batch size.
+
+        Raises:
+            IndexError, RuntimeError: an index is out of range.
         """
-        if self._keys is not None and self._values is not None:
-            self._keys = self._keys.index_select(0, indices)
-            self._values = self._values.index_select(0, indices)
+        if self._keys is None or self._values is None:
+            return
+        # Only what is in use is copied, and nothing where every entry stays where it is.
+        if torch.equal(indices, torch.arange(self._keys.size(0)).to(indices)):
+            return
+        keys = self._keys[:, :, : self._length].index_select(0, indices)
+        values = self._values[:, :, : self._length].index_select(0, indices)
+        if indices.numel() != self._keys.size(0) or self._frozen(self._keys):
+            self._allocate(keys, values, indices.numel(), self.capacity)
+        self._keys[:, :, : self._length] = keys
+        self._values[:, :, : self._length] = values
 
     @staticmethod
     def _frozen(held: Tensor) -> bool:
         """Whether ``held`` was made in inference mode and must not be written to outside of it."""
         return held.is_inference() and not torch.is_inference_mode_enabled()
 
-    def _grown(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
-        batch, heads, _, features = like.shape
-        buffer = like.new_empty((batch, heads, capacity, features))
-        if old is not None:
-            buffer[:, :, : self._length] = old[:, :, : self._length]
-        return buffer
+    def _reserve(self, key: Tensor, value: Tensor, length: int) -> None:
+        """Memory for ``length`` positions of tensors like these."""
+        old_keys, old_values = self._keys, self._values
+        if old_keys is not None and length <= old_keys.size(2) and not self._frozen(old_keys):
+            return
+        # Doubling makes the copies of all growth together cost as much as one last copy.
+        full = old_keys is not None and length > self.capacity
+        capacity = max(length, 2 * self.capacity if full else self.capacity)
+        self._allocate(key, value, key.size(0), capacity)
+        if old_keys is not None and old_values is not None:
+            assert self._keys is not None
+            assert self._values is not None
+            self._keys[:, :, : self._length] = old_keys[:, :, : self._length]
+            self._values[:, :, : self._length] = old_values[:, :, : self._length]
+
+    def _allocate(self, key: Tensor, value: Tensor, batch: int, capacity: int) -> None:
+        self._keys = key.new_empty((batch, key.size(1), capacity, key.size(3)))
+        self._values = value.new_empty((batch, value.size(1), capacity, value.size(3)))
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         if key.dim() != 4 or value.dim() != 4:

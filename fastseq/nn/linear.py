@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,14 @@ class Linear(torch.nn.Linear):
         Raises:
             RuntimeError: sizes, dtypes or devices do not fit together.
         """
-        return linear(input, self.weight, self.bias)
+        weight: Any
+        bias: Any
+        try:
+            # Past the slow attribute look-up of modules.
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+        except KeyError:  # parametrized, pruned or replicated
+            weight, bias = self.weight, self.bias
+        return linear(input, weight, bias)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """torch.jit.script compiles source, not kernels: give it torch's layer, same parameters."""
