@@ -3,8 +3,8 @@
 //
 // Words: T steps, B batch rows, I input size, H hidden size, P projection size, R = P or H (what a layer puts out),
 // D directions, G gates (rows of a weight matrix / H). Strides count elements, not bytes. All weights are row-major.
+// Linear: M rows, K inputs, O outputs.
 // Attention: Hq query heads, Hkv key/value heads (Hq a multiple), Sq queries, Skv keys, E size of a query or key, Ev of a value.
-// Norms: M rows, F features, i.e. elements that are normalized together.
 #ifndef FASTSEQ_H
 #define FASTSEQ_H
 
@@ -27,7 +27,15 @@ enum fastseq_cell {
 };
 
 // Elementwise functions, exported so that tests can hold them against a correctly rounded reference.
-enum fastseq_unary { FASTSEQ_EXP = 0, FASTSEQ_TANH = 1, FASTSEQ_SIGMOID = 2, FASTSEQ_UNARY_COUNT = 3 };
+enum fastseq_unary {
+  FASTSEQ_EXP = 0,
+  FASTSEQ_TANH = 1,
+  FASTSEQ_SIGMOID = 2,
+  FASTSEQ_UNARY_GELU = 3,
+  FASTSEQ_UNARY_GELU_TANH = 4,
+  FASTSEQ_UNARY_SILU = 5,
+  FASTSEQ_UNARY_COUNT = 6
+};
 
 // Sizes and addressing of one recurrent layer, shared by forward and backward.
 //
@@ -203,13 +211,64 @@ typedef int (*fastseq_attention_backward_function)(const struct fastseq_attentio
 // keep[B, Hq, Sq, Skv] = 1 where dropout keeps the weight: what the kernels decide, written out.
 typedef void (*fastseq_dropout_mask_function)(const struct fastseq_attention_shape*, uint8_t* keep);
 
-// --- Norms
+// --- Linear
 
-// A matrix whose rows have unit stride inside.
+enum fastseq_activation {
+  FASTSEQ_IDENTITY = 0,
+  FASTSEQ_RELU = 1,
+  FASTSEQ_GELU = 2,
+  FASTSEQ_GELU_TANH = 3,
+  FASTSEQ_SILU = 4,
+  FASTSEQ_ACTIVATION_COUNT = 5
+};
+
+// A matrix with unit stride along its columns.
 struct fastseq_matrix {
   void* data;
   int64_t row_stride;
 };
+
+// M rows, K inputs, O outputs; pre-activation z = x weight^T + bias.
+struct fastseq_linear_shape {
+  int64_t rows;        // M
+  int64_t inputs;      // K
+  int64_t outputs;     // O
+  int32_t activation;  // fastseq_activation
+  int32_t threads;     // upper bound on the threads to use
+  double dropout;      // probability of zeroing an element of activation(z); the others are divided by 1 - dropout
+  uint64_t dropout_seed;
+  uint64_t dropout_offset;
+};
+
+// output = dropout(activation(z)) + residual
+struct fastseq_linear_forward {
+  struct fastseq_linear_shape shape;
+  struct fastseq_matrix x;         // [M, K]
+  const void* weight;              // [O, K], dense
+  const void* bias;                // [O] or NULL
+  struct fastseq_matrix residual;  // [M, O]; data NULL: none
+  struct fastseq_matrix output;    // [M, O]
+  void* pre_activation;            // z [M, O], dense, for backward; NULL: not asked for
+};
+
+struct fastseq_linear_backward {
+  struct fastseq_linear_shape shape;
+  struct fastseq_matrix grad_output;  // [M, O]
+  struct fastseq_matrix x;            // [M, K]; data NULL when grad_weight is
+  const void* weight;                 // [O, K], dense; NULL when grad_x is not asked for
+  const void* pre_activation;         // forward's z; NULL without an activation
+  struct fastseq_matrix grad_x;       // [M, K]; data NULL: not asked for, as for the others
+  void* grad_weight;                  // [O, K], dense
+  void* grad_bias;                    // [O]
+};
+
+typedef int (*fastseq_linear_forward_function)(const struct fastseq_linear_forward*);
+typedef int (*fastseq_linear_backward_function)(const struct fastseq_linear_backward*);
+// keep[rows, columns] = 1 where dropout keeps an element of a matrix (linear layers and norms).
+typedef void (*fastseq_element_dropout_mask_function)(int64_t rows, int64_t columns, double probability, uint64_t seed,
+                                                      uint64_t offset, uint8_t* keep);
+
+// --- Norms
 
 // Of every row of F elements, with x = residual + dropout(input):
 //   layer norm  y = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias,  the variance being the biased one
@@ -275,6 +334,9 @@ struct fastseq_kernel_table {
   fastseq_attention_forward_function attention_forward[FASTSEQ_DTYPE_COUNT];
   fastseq_attention_backward_function attention_backward[FASTSEQ_DTYPE_COUNT];
   fastseq_dropout_mask_function dropout_mask;
+  fastseq_linear_forward_function linear_forward[FASTSEQ_DTYPE_COUNT];
+  fastseq_linear_backward_function linear_backward[FASTSEQ_DTYPE_COUNT];
+  fastseq_element_dropout_mask_function element_dropout_mask;
   fastseq_norm_forward_function norm_forward[FASTSEQ_DTYPE_COUNT];
   fastseq_norm_backward_function norm_backward[FASTSEQ_DTYPE_COUNT];
   double (*fma_gflops[FASTSEQ_DTYPE_COUNT])(int threads, double seconds);

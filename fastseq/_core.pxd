@@ -191,6 +191,39 @@ cdef extern from "fastseq.h" nogil:
     ctypedef int (*fastseq_attention_backward_function)(const fastseq_attention_backward*) noexcept nogil
     ctypedef void (*fastseq_dropout_mask_function)(const fastseq_attention_shape*, uint8_t*) noexcept nogil
 
+    struct fastseq_linear_shape:
+        int64_t rows
+        int64_t inputs
+        int64_t outputs
+        int32_t activation
+        int32_t threads
+        double dropout
+        uint64_t dropout_seed
+        uint64_t dropout_offset
+
+    struct fastseq_linear_forward:
+        fastseq_linear_shape shape
+        fastseq_matrix x
+        const void* weight
+        const void* bias
+        fastseq_matrix residual
+        fastseq_matrix output
+        void* pre_activation
+
+    struct fastseq_linear_backward:
+        fastseq_linear_shape shape
+        fastseq_matrix grad_output
+        fastseq_matrix x
+        const void* weight
+        const void* pre_activation
+        fastseq_matrix grad_x
+        void* grad_weight
+        void* grad_bias
+
+    ctypedef int (*fastseq_linear_forward_function)(const fastseq_linear_forward*) noexcept nogil
+    ctypedef int (*fastseq_linear_backward_function)(const fastseq_linear_backward*) noexcept nogil
+    ctypedef void (*fastseq_element_dropout_mask_function)(int64_t, int64_t, double, uint64_t, uint64_t, uint8_t*) noexcept nogil
+
     ctypedef int (*fastseq_rnn_forward_function)(const fastseq_rnn_forward*) noexcept nogil
     ctypedef int (*fastseq_rnn_backward_function)(const fastseq_rnn_backward*) noexcept nogil
     ctypedef size_t (*fastseq_rnn_reserve_function)(int64_t, int64_t, int64_t, int64_t) noexcept nogil
@@ -206,6 +239,9 @@ cdef extern from "fastseq.h" nogil:
         fastseq_attention_forward_function attention_forward[2]
         fastseq_attention_backward_function attention_backward[2]
         fastseq_dropout_mask_function dropout_mask
+        fastseq_linear_forward_function linear_forward[2]
+        fastseq_linear_backward_function linear_backward[2]
+        fastseq_element_dropout_mask_function element_dropout_mask
         fastseq_norm_forward_function norm_forward[2]
         fastseq_norm_backward_function norm_backward[2]
         fastseq_peak_function fma_gflops[2]

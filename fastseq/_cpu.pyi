@@ -134,6 +134,29 @@ def plain_attention(
     grouped: bool,
     scale: float | None,
 ) -> Tensor | None: ...
+def linear_forward(
+    dtype: int,
+    threads: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    output: Tensor,
+    pre_activation: Tensor | None,
+    activation: int,
+    dropout: float,
+    seed: Tensor | None,
+) -> None: ...
+def linear_backward(
+    dtype: int,
+    threads: int,
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    pre_activation: Tensor | None,
+    activation: int,
+    dropout: float,
+    seed: Tensor | None,
 def norm_forward(
     dtype: int,
     threads: int,
@@ -165,6 +188,17 @@ def norm_backward(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None: ...
+def element_dropout_mask(
+    rows: int, columns: int, probability: float, seed: Tensor, keep: Tensor
+) -> None: ...
+def plain_linear(
+    threads: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    residual: Tensor | None,
+) -> Tensor | None: ...
 def plain_norm(
     threads: int,
     input: Tensor,
@@ -175,4 +209,31 @@ def plain_norm(
     eps: float | None,
     rms: bool,
     want_sum: bool,
-) -> Tensor | tuple[Tensor, Tensor] | None: ...
+) -> Tensor | tuple[Tensor, Tensor] | bool | None: ...
+def dense_norm_forward(
+    threads: int,
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dims: int,
+    eps: float,
+    rms: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+    want_sum: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None: ...
+def dense_norm_backward(
+    threads: int,
+    grad_output: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    statistics: Tensor,
+    dims: int,
+    rms: bool,
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None: ...

@@ -20,6 +20,9 @@ from fastseq._core cimport (
     fastseq_isa_name,
     fastseq_isa_usable,
     fastseq_kernel_table,
+    fastseq_linear_backward,
+    fastseq_linear_forward,
+    fastseq_linear_shape,
     fastseq_matrix,
     fastseq_max_threads,
     fastseq_norm_backward,
@@ -42,7 +45,7 @@ from fastseq._dlpack cimport DLPACK_CPU, DLPACK_FLOAT, DLPackExchangeAPI, DLTens
 cdef const fastseq_kernel_table* active = fastseq_table(0)
 
 CELLS = {fastseq_cell_name(i).decode(): i for i in range(FASTSEQ_CELL_COUNT)}
-UNARY = {"exp": 0, "tanh": 1, "sigmoid": 2}
+UNARY = {"exp": 0, "tanh": 1, "sigmoid": 2, "gelu": 3, "gelu_tanh": 4, "silu": 5}
 
 
 def isa_built():
@@ -92,7 +95,7 @@ def fma_gflops(int dtype, int threads, double seconds):
 
 
 def unary(int function, int dtype, input, output):
-    """Elementwise exp, tanh or sigmoid over contiguous tensors of the same length."""
+    """One of the elementwise functions of `UNARY` over contiguous tensors of the same length."""
     cdef const void* source = address(input)
     cdef void* target = address(output)
     cdef int64_t count = input.numel()
@@ -104,6 +107,11 @@ cdef inline void* address(object tensor) except? NULL:
     if tensor is None:
         return NULL
     return <void*><uintptr_t>tensor.data_ptr()
+
+
+cdef inline void set_matrix(fastseq_matrix* matrix, object tensor) except *:
+    matrix.data = address(tensor)
+    matrix.row_stride = 0 if tensor is None else tensor.stride(0)
 
 
 cdef inline void set_shape(fastseq_rnn_shape* shape, tuple sizes, object batch_sizes, object row_order, bint packed,
@@ -316,4 +324,5 @@ def plain_layer(int cell, int gates, bint has_cell, int threads, input, hx, cx, 
 
 
 include "_cpu_attention.pxi"
+include "_cpu_linear.pxi"
 include "_cpu_norm.pxi"

@@ -18,7 +18,7 @@ namespace {
 template <class T>
 inline constexpr int64_t panel_width = 2 * lanes<T>;
 template <class T>
-inline constexpr int64_t block_depth = 1024 / (int64_t)sizeof(T);
+inline constexpr int64_t block_depth = 2048 / (int64_t)sizeof(T);
 template <class T>
 inline constexpr int64_t block_stride = block_depth<T> + 64 / (int64_t)sizeof(T);
 
@@ -38,8 +38,10 @@ struct BlockedRows {
   }
 };
 
-// How a tile walks A: along the rows of a blocked matrix, or down its columns (A transposed: tile row r is column r).
-enum class Walk { rows, columns };
+// How a tile walks A: along the rows of a blocked matrix, down its columns (A transposed: tile row r is column r), or through
+// a copy in the tile's own order, [k][FS_TILE_ROWS].
+// `strided` walks A along the rows while the panel lies in a larger matrix, its rows panel_step apart.
+enum class Walk { rows, columns, interleaved, strided };
 
 // c[R][panel_width] = init + A * panel. init_stride 0 repeats one row (a bias). The sum starts from zero and init is added
 // last: its cache lines arrive behind the loop, and partial sums of similar size lose fewer digits.
@@ -48,11 +50,13 @@ enum class Walk { rows, columns };
 // give it some, and too many such rows would run out of load ports instead.
 template <class T, Walk walk, int R>
 FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int64_t depth, const T* init, int64_t init_stride,
-                      T* c, int64_t c_stride) {
+                      T* c, int64_t c_stride, int64_t panel_step) {
   constexpr int64_t prefetch_turns = 32;
   constexpr int plain_rows = broadcasts_in_multiply_add ? R - R * 2 / 7 : R;
-  constexpr int64_t row_step = walk == Walk::rows ? block_stride<T> : 1;
-  constexpr int64_t k_step = walk == Walk::rows ? 1 : block_stride<T>;
+  constexpr bool along_rows = walk == Walk::rows || walk == Walk::strided;
+  constexpr int64_t row_step = along_rows ? block_stride<T> : 1;
+  constexpr int64_t k_step = along_rows ? 1 : walk == Walk::columns ? block_stride<T> : FS_TILE_ROWS;
+  if constexpr (walk != Walk::strided) panel_step = panel_width<T>;
   Vec<T> sum[R][2] = {};
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -61,7 +65,8 @@ FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int
   }
   auto turn = [&]() __attribute__((always_inline)) {
     Vec<T> w0 = load(panel), w1 = load(panel + lanes<T>);
-    __builtin_prefetch(panel + prefetch_turns * panel_width<T>);
+    __builtin_prefetch(panel + prefetch_turns * panel_step);
+    if constexpr (walk == Walk::strided) __builtin_prefetch(panel + prefetch_turns * panel_step + lanes<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       if (r >= plain_rows) {
@@ -74,7 +79,7 @@ FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int
       sum[r][1] = fused_multiply_add(value, w1, sum[r][1]);
     }
     a += k_step;
-    panel += panel_width<T>;
+    panel += panel_step;
   };
   for (int64_t k = depth / 2; k > 0; --k) {
     turn();
@@ -89,11 +94,11 @@ FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int
 }
 
 template <class T>
-using TileFunction = void (*)(const T*, const T*, int64_t, const T*, int64_t, T*, int64_t);
+using TileFunction = void (*)(const T*, const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t);
 
 template <class T, Walk walk>
 FS_INLINE void run_tile(int64_t rows, const T* a, const T* panel, int64_t depth, const T* init, int64_t init_stride, T* c,
-                        int64_t c_stride) {
+                        int64_t c_stride, int64_t panel_step = panel_width<T>) {
 #if FS_TILE_ROWS == 14
   static constexpr TileFunction<T> table[] = {nullptr,           tile<T, walk, 1>,  tile<T, walk, 2>,  tile<T, walk, 3>,
                                               tile<T, walk, 4>,  tile<T, walk, 5>,  tile<T, walk, 6>,  tile<T, walk, 7>,
@@ -108,7 +113,7 @@ FS_INLINE void run_tile(int64_t rows, const T* a, const T* panel, int64_t depth,
   static constexpr TileFunction<T> table[] = {nullptr,          tile<T, walk, 1>, tile<T, walk, 2>, tile<T, walk, 3>,
                                               tile<T, walk, 4>, tile<T, walk, 5>, tile<T, walk, 6>};
 #endif
-  table[rows](a, panel, depth, init, init_stride, c, c_stride);
+  table[rows](a, panel, depth, init, init_stride, c, c_stride, panel_step);
 }
 
 // Rows are dealt to tiles evenly: 16 rows go as 8 + 8, not as 14 + 2, because a short tile waits for W.
@@ -136,15 +141,25 @@ FS_INLINE void multiply_panel(BlockedRows<T> a, int64_t first_row, int64_t rows,
   }
 }
 
+// Where a tile of C lies and what its sum starts from; init_stride 0 repeats one row [panel_width].
+template <class T>
+struct TilePlace {
+  T* c;
+  int64_t c_stride;
+  const T* init;
+  int64_t init_stride;
+};
+
 // The large product: rows of A against a run of panels.
-//   c_of(row, panel) is where C's element (row, first column of panel) lies; rows follow each other at c_stride.
-//   init_of(panel) is the row [panel_width] that every row of C starts from.
+//   rows_of(row, count, k, depth) is where those rows of A begin, block_stride apart, depth elements from k.
+//   place_of(row, panel) is the place of the tile whose first element is (row, first column of panel).
+//   finish(row, count, panel) is called when those rows of that panel are complete, still warm in the cache.
 // Loop order: a group of panels small enough to stay in L2, then blocks of K, then row tiles (their A stays in L1),
 // then the panels of the group.
-template <class T, class Place, class Init>
-FS_INLINE void multiply_blocked(BlockedRows<T> a, Range rows, int64_t first_k, int64_t depth,
-                                const T* panels /* [panel][depth][panel_width] */, Range panel_range, Place c_of,
-                                int64_t c_stride, Init init_of) {
+template <class T, class Rows, class Place, class Finish>
+FS_INLINE void multiply_blocked(Rows rows_of, Range rows, int64_t first_k, int64_t depth,
+                                const T* panels /* [panel][depth][panel_width] */, Range panel_range, Place place_of,
+                                Finish finish) {
   constexpr int64_t group = (384 << 10) / (block_depth<T> * panel_width<T> * (int64_t)sizeof(T));
   int64_t tiles = tile_count(rows.count());
   EvenSplit tile_rows(rows.count(), tiles);
@@ -156,11 +171,13 @@ FS_INLINE void multiply_blocked(BlockedRows<T> a, Range rows, int64_t first_k, i
       for (int64_t i = 0; i < tiles; ++i) {
         Range part = tile_rows.part(i);
         int64_t row = rows.begin + part.begin;
+        const T* a = rows_of(row, part.count(), k, step);
         for (int64_t p = first; p < last; ++p) {
-          T* c = c_of(row, p);
+          TilePlace<T> place = place_of(row, p);
           const T* weights = panels + (p * depth + done) * panel_width<T>;
-          run_tile<T, Walk::rows>(part.count(), a.at(row, k), weights, step, done ? c : init_of(p), done ? c_stride : 0, c,
-                                  c_stride);
+          run_tile<T, Walk::rows>(part.count(), a, weights, step, done ? place.c : place.init,
+                                  done ? place.c_stride : place.init_stride, place.c, place.c_stride);
+          if (done + step == depth) finish(row, part.count(), p);
         }
       }
       done += step;

@@ -2,7 +2,7 @@
 // everything else has internal linkage, and no inline code is shared with other objects: a shared inline built for AVX-512
 // would kill an older processor. For the same reason nothing here uses the C++ standard library.
 #include "../fastseq.h"
-#include "math.h"
+#include "activation.h"
 
 // The cells know neither vectors nor threads: what they use comes first.
 #include "../cells/gru.h"
@@ -11,6 +11,8 @@
 
 #include "attention_backward.h"
 #include "attention_forward.h"
+#include "linear_backward.h"
+#include "linear_forward.h"
 #include "norm_backward.h"
 #include "norm_forward.h"
 #include "peak.h"
@@ -55,10 +57,16 @@ const fastseq_kernel_table FS_JOIN(fastseq_table_, FS_ISA) = {
 #undef FASTSEQ_CELL
     {{unary<float, FASTSEQ_EXP>, unary<double, FASTSEQ_EXP>},
      {unary<float, FASTSEQ_TANH>, unary<double, FASTSEQ_TANH>},
-     {unary<float, FASTSEQ_SIGMOID>, unary<double, FASTSEQ_SIGMOID>}},
+     {unary<float, FASTSEQ_SIGMOID>, unary<double, FASTSEQ_SIGMOID>},
+     {unary<float, FASTSEQ_UNARY_GELU>, unary<double, FASTSEQ_UNARY_GELU>},
+     {unary<float, FASTSEQ_UNARY_GELU_TANH>, unary<double, FASTSEQ_UNARY_GELU_TANH>},
+     {unary<float, FASTSEQ_UNARY_SILU>, unary<double, FASTSEQ_UNARY_SILU>}},
     {attention_forward<float>, attention_forward<double>},
     {attention_backward<float>, attention_backward<double>},
     dropout_mask,
+    {linear_forward<float>, linear_forward<double>},
+    {linear_backward<float>, linear_backward<double>},
+    element_dropout_mask,
     {norm_forward<float>, norm_forward<double>},
     {norm_backward<float>, norm_backward<double>},
     {fma_gflops<float>, fma_gflops<double>},

@@ -65,19 +65,19 @@ struct Exp2Constants<double> {
                                  7.054897304155499277399e-9,   4.45581790833606449298e-10,   2.57293241773623042139e-11};
 };
 
-// exp(x) = scale * (1 + p); x must lie in [underflow, overflow] or be NaN.
+// exp(x) or exp(x + low), low a rounding error of x, is scale * (1 + p); x must lie in [underflow, overflow] or be NaN.
 template <class T>
 struct ReducedExp {
   Vec<T> scale, p;
 };
 
-template <class T>
-FS_INLINE ReducedExp<T> reduce_exp(Vec<T> x) {
+template <class T, class... Low>
+FS_INLINE ReducedExp<T> reduce_exp(Vec<T> x, Low... low) {
   using C = ExpConstants<T>;
   Vec<T> shifted = fused_multiply_add(x, broadcast<T>(C::inverse_ln2), broadcast<T>(C::round_magic));
   Vec<T> n = shifted - broadcast<T>(C::round_magic);
   Vec<T> r = fused_negate_multiply_add(n, broadcast<T>(C::ln2_high), x);
-  r = fused_negate_multiply_add(n, broadcast<T>(C::ln2_low), r);
+  r = (fused_negate_multiply_add(n, broadcast<T>(C::ln2_low), r) + ... + low);
   // In pairs of coefficients: half as long a chain as one by one, and a cell update waits for chains.
   static_assert(C::degree % 2 == 1);
   auto pair = [r](int i) { return fused_multiply_add(broadcast<T>(C::q[i + 1]), r, broadcast<T>(C::q[i])); };
@@ -159,19 +159,6 @@ struct Math {
     return result <= broadcast<T>(0) ? broadcast<T>(0) : gradient;
   }
 };
-
-template <class T, int Function>
-void unary(const void* input, void* output, int64_t count) {
-  const T* source = (const T*)input;  // [count]
-  T* target = (T*)output;             // [count]
-  for (int64_t i = 0; i < count; i += lanes<T>) {
-    Vec<T> x = load_partial(source + i, count - i);
-    if constexpr (Function == 0) x = Math<T>::exp(x);
-    if constexpr (Function == 1) x = Math<T>::tanh(x);
-    if constexpr (Function == 2) x = Math<T>::sigmoid(x);
-    store_partial(target + i, x, count - i);
-  }
-}
 
 }  // namespace
 }  // namespace fastseq::FS_ISA

@@ -27,15 +27,23 @@ void pack_transposed(const T* w /* [valid_columns, depth], row stride w_stride *
 }
 
 // panel[k][column] = row(k)[column]: matrices stored with the summed index first (weights in backward, sequences in the
-// weight gradient). row(k) is a pointer to valid_columns elements, or NULL for a row of zeros.
+// weight gradient). row(k) is a pointer to valid_columns elements, or NULL for a row of zeros. Rows lie far apart, where the
+// processor's own prefetcher does not look: they are asked for ahead.
 template <class T, class Row>
 FS_INLINE void pack_rows(Row row, int64_t valid_columns, int64_t depth, T* panel /* [depth][panel_width] */) {
+  constexpr int64_t ahead = 16, L = lanes<T>, line = 64 / (int64_t)sizeof(T);
   for (int64_t k = 0; k < depth; ++k, panel += panel_width<T>) {
+    if (k + ahead < depth)
+      for (int64_t i = 0; i < panel_width<T>; i += line) __builtin_prefetch(row(k + ahead) + i);
     const T* source = row(k);
-    for (int half = 0; half < 2; ++half) {
-      int64_t columns = maximum(0, minimum(lanes<T>, valid_columns - half * lanes<T>));
-      Vec<T> value = source && columns ? load_partial(source + half * lanes<T>, columns) : Vec<T>{};
-      store(panel + half * lanes<T>, value);
+    if (source && valid_columns >= panel_width<T>) {
+      store(panel, load(source));
+      store(panel + L, load(source + L));
+      continue;
+    }
+    for (int64_t half = 0; half < 2; ++half) {
+      int64_t columns = maximum(0, minimum(L, valid_columns - half * L));
+      store(panel + half * L, source && columns ? load_partial(source + half * L, columns) : Vec<T>{});
     }
   }
 }
@@ -45,6 +53,15 @@ template <class T>
 FS_INLINE void copy_to_blocked(const T* source /* [width] */, int64_t width, BlockedRows<T> target, int64_t row) {
   for (int64_t k = 0; k < width; k += block_depth<T>)
     memcpy(target.at(row, k), source + k, (size_t)minimum(block_depth<T>, width - k) * sizeof(T));
+}
+
+// A tile's rows of a plain matrix, block_stride apart: in their own place rows a power of two apart would evict each other.
+template <class T>
+FS_INLINE const T* copy_tile(const T* source /* [rows][depth], row stride row_stride */, int64_t row_stride, int64_t rows,
+                             int64_t depth, T* tile /* [FS_TILE_ROWS][block_stride] */) {
+  for (int64_t row = 0; row < rows; ++row)
+    memcpy(tile + row * block_stride<T>, source + row * row_stride, (size_t)depth * sizeof(T));
+  return tile;
 }
 
 }  // namespace

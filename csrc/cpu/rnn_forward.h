@@ -236,11 +236,13 @@ struct RnnForward {
       auto column_of = [&](int64_t panel) {
         return (Cell::input_first + panel % Cell::input_count) * sizes.hidden_padded + panel / Cell::input_count * W;
       };
-      multiply_blocked(
-          b.x, Range{0, chunk.rows}, 0, sizes.input, b.packed_input,
-          Range{units.begin * Cell::input_count, units.end * Cell::input_count},
-          [&](int64_t row, int64_t panel) { return slots + row * sizes.slot_stride() + column_of(panel); }, sizes.slot_stride(),
-          [&](int64_t panel) { return b.bias + column_of(panel); });
+      multiply_blocked<T>([&](int64_t row, int64_t, int64_t k, int64_t) { return b.x.at(row, k); }, Range{0, chunk.rows}, 0,
+                          sizes.input, b.packed_input, Range{units.begin * Cell::input_count, units.end * Cell::input_count},
+                          [&](int64_t row, int64_t panel) {
+                            int64_t stride = sizes.slot_stride(), column = column_of(panel);
+                            return TilePlace<T>{slots + row * stride + column, stride, b.bias + column, 0};
+                          },
+                          [](int64_t, int64_t, int64_t) {});
     }
 
     void step(int64_t position, int64_t chunk_first) {

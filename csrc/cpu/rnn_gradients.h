@@ -172,10 +172,12 @@ struct ChunkGradients {
     alignas(64) static constexpr T zeros[W] = {};
     int64_t stride = input_padded;
     Range mine = split(chunk.rows, team.size, team.rank);
-    multiply_blocked(
-        b.grad_slots, mine, Cell::input_first * sizes.hidden_padded, Cell::input_count * sizes.hidden_padded, b.packed_input,
-        Range{0, input_panels}, [&](int64_t row, int64_t panel) { return b.grad_x + row * stride + panel * W; }, stride,
-        [&](int64_t) { return zeros; });
+    multiply_blocked<T>(
+        [&](int64_t row, int64_t, int64_t k, int64_t) { return b.grad_slots.at(row, k); }, mine,
+        Cell::input_first * sizes.hidden_padded, Cell::input_count * sizes.hidden_padded, b.packed_input,
+        Range{0, input_panels},
+        [&](int64_t row, int64_t panel) { return TilePlace<T>{b.grad_x + row * stride + panel * W, stride, zeros, 0}; },
+        [](int64_t, int64_t, int64_t) {});
     for (int64_t position = chunk.begin; position < chunk.end; ++position) {
       int64_t t = walk.step(position), local = table.first_row[t] - chunk_first;
       for (int64_t row = maximum(0, mine.begin - local); row < minimum(table.alive(t), mine.end - local); ++row) {

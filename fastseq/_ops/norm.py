@@ -307,9 +307,9 @@ def plain_norm(
     rms: bool,
     want_sum: bool,
 ) -> Any:
-    """The most common inference call, checked and run by the kernels' side in one go.
+    """The most common call, checked and, in inference, run by the kernels' side in one go.
 
-    No dropout, no gradients, nobody watching. ``None`` whenever the call is not as plain as that
+    No dropout, nobody watching. ``None`` whenever the call is not as plain as that
     or its arguments do not fit.
     """
     # One test after the other without a function around them, as for attention.
@@ -323,7 +323,14 @@ def plain_norm(
         or _config._backend != "cpu"
     ):
         return None
-    return _cpu().plain_norm(input, residual, normalized_shape, weight, bias, eps, rms, want_sum)
+    result = _cpu().plain_norm(input, residual, normalized_shape, weight, bias, eps, rms, want_sum)
+    if result is not False:
+        return result
+    if eps is None:
+        eps = torch.finfo(input.dtype).eps
+    options = NormOptions(len(normalized_shape), rms, eps, 0.0)
+    results = _Norm.apply(input, residual, weight, bias, None, options)
+    return results if want_sum else results[0]
 
 
 def norm(

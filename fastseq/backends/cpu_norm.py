@@ -20,6 +20,8 @@ _kernels = _config.extension()
 _forward = _kernels.norm_forward
 _backward = _kernels.norm_backward
 _plain = _kernels.plain_norm
+_dense_forward = _kernels.dense_norm_forward
+_dense_backward = _kernels.dense_norm_backward
 _threads = torch.get_num_threads
 assert _cpu is not None
 
@@ -39,7 +41,10 @@ def plain_norm(
     rms: bool,
     want_sum: bool,
 ) -> Any:
-    """A norm without dropout, checked and run in one go; ``None`` where it is not as plain."""
+    """A norm without dropout, checked and run in one go; ``None`` where it is not as plain.
+
+    ``False`` where that is for the gradients alone.
+    """
     return _plain(_threads(), input, residual, normalized_shape, weight, bias, eps, rms, want_sum)
 
 
@@ -54,7 +59,7 @@ def _matrix(tensor: Tensor | None, features: int) -> Any:
     return matrix if features == 1 or matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
@@ -73,6 +78,12 @@ def norm_forward(
     The sum is there if it is wanted or saved and differs from ``input``. Arguments as for
     :func:`fastseq.backends.reference_norm.norm`.
     """
+    dims, rms, eps, dropout_p = options
+    results = _dense_forward(
+        _threads(), input, residual, weight, bias, dims, eps, rms, dropout_p, seed, want_sum, save
+    )
+    if results is not None:
+        return results  # type: ignore[no-any-return]
     features = options.features(input)
     rows = input.numel() // features if features else 0
     output = input.new_empty(input.shape)
@@ -89,8 +100,8 @@ def norm_forward(
             seed,
             _matrix(input, features),
             _matrix(residual, features),
-            _dense(weight),
-            _dense(bias),
+            _contiguous(weight),
+            _contiguous(bias),
             output.view(-1, features),
             None if total is None else total.view(-1, features),
             statistics,
@@ -113,6 +124,21 @@ def norm_backward(
     ``None`` where ``needs`` does not ask for them. Without dropout that of the input is that of
     the sum, and must not be asked for.
     """
+    results = _dense_backward(
+        _threads(),
+        grad_output,
+        grad_sum,
+        x,
+        weight,
+        seed,
+        statistics,
+        options.dims,
+        options.rms,
+        options.dropout_p,
+        needs,
+    )
+    if results is not None:
+        return results  # type: ignore[no-any-return]
     features = options.features(x)
     shape = x.shape[x.dim() - options.dims :]
     grad_x = x.new_empty(x.shape) if needs[0] else None
@@ -134,7 +160,7 @@ def norm_backward(
         _matrix(grad_output, features),
         _matrix(grad_sum, features),
         _matrix(x, features),
-        _dense(weight),
+        _contiguous(weight),
         statistics,
         None if grad_x is None else grad_x.view(-1, features),
         None if grad_input is None else grad_input.view(-1, features),

@@ -16,6 +16,8 @@ from fastseq.backends import FUSED_DTYPES, fallback_reason, reference_norm, warn
 
 __all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
 
+_NESTED = "nested tensors have no fused norm"
+
 
 def layer_norm(
     input: Tensor,
@@ -50,6 +52,9 @@ def layer_norm(
     if result is not None:
         return result  # type: ignore[return-value]
     _checks.tensor("input", input)
+    if input.is_nested:
+        warn_fallback(_NESTED)
+        return torch.layer_norm(input, normalized_shape, weight, bias, eps, False)
     options = _layer_options(input, normalized_shape, weight, bias, eps, 0.0)
     return _run(input, None, weight, bias, options, False)[0]
 
@@ -84,6 +89,9 @@ def rms_norm(
     if result is not None:
         return result  # type: ignore[return-value]
     _checks.tensor("input", input)
+    if input.is_nested:
+        warn_fallback(_NESTED)
+        return torch.rms_norm(input, normalized_shape, weight, eps)
     options = _rms_options(input, normalized_shape, weight, eps, 0.0)
     return _run(input, None, weight, None, options, False)[0]
 
@@ -213,8 +221,6 @@ def _rms_options(
 
 
 def _fallback_reason(input: Tensor, weight: Tensor | None) -> str | None:
-    if input.is_nested:
-        return "nested tensors have no fused norm"
     if weight is not None and weight.dtype is not input.dtype and input.dtype in FUSED_DTYPES:
         return f"a weight of {weight.dtype} for an input of {input.dtype} has no fused norm"
     return fallback_reason(input)

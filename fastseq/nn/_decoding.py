@@ -179,8 +179,9 @@ def _step(
         split = projected.view(parts_shape).permute(0, 2, 3, 1, 4)
     else:
         split = projected.view(parts_shape).permute(1, 2, 3, 0, 4)
-    keys, values = cache.self_attention._append_pair(split.narrow(1, 1, 2))
-    x = _attend(split.select(1, 0), keys, values, None, steps > 1, attention, x)
+    query, key, value = split.unbind(1)
+    keys, values = cache.self_attention._append_next(key, value)
+    x = _attend(query, keys, values, None, steps > 1, attention, x)
     if not first:
         x = modules["norm1"](x)
     if layer.cross_attention:

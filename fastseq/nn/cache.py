@@ -33,9 +33,6 @@ class KeyValueCache:
             raise ValueError(f"capacity must not be negative, got {capacity}")
         self._initial_capacity = capacity
         self._length = 0
-        # One block (B, 2, H, capacity, E) where keys and values have the same size: what a fused
-        # projection puts out then goes there in one copy.
-        self._block: Tensor | None = None
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
@@ -88,24 +85,24 @@ class KeyValueCache:
         self._length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
 
-    def _append_pair(self, pair: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`append` of ``(B, 2, H, S, E)``, both in one, by a caller that has checked it."""
-        start, end = self._length, self._length + pair.size(3)
-        block = self._block
+    def _append_next(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`append` for a layer of which it was checked that nothing requires gradients."""
+        keys, values = self._keys, self._values
+        steps = key.size(2)
+        start, end = self._length, self._length + steps
         if (
-            block is None
-            or end > block.size(3)
-            or pair.size(0) != block.size(0)
-            or pair.dtype is not block.dtype
-            or self._frozen(block)
+            keys is None
+            or values is None
+            or end > keys.size(2)
+            or key.size(0) != keys.size(0)
+            or key.dtype is not keys.dtype
+            or self._frozen(keys)
         ):
-            key, value = pair.unbind(1)
             return self.append(key, value)
-        block.narrow(3, start, end - start).copy_(pair)
+        keys.narrow(2, start, steps).copy_(key)
+        values.narrow(2, start, steps).copy_(value)
         self._length = end
-        assert self._keys is not None
-        assert self._values is not None
-        return self._keys.narrow(2, 0, end), self._values.narrow(2, 0, end)
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def reset(self) -> None:
         """Forget all positions; the memory is kept for the next sequence of the same shape."""
@@ -163,14 +160,8 @@ class KeyValueCache:
             self._values[:, :, : self._length] = old_values[:, :, : self._length]
 
     def _allocate(self, key: Tensor, value: Tensor, batch: int, capacity: int) -> None:
-        _, heads, _, features = key.shape
-        if features == value.size(3) and key.dtype == value.dtype:
-            self._block = key.new_empty((batch, 2, heads, capacity, features))
-            self._keys, self._values = self._block[:, 0], self._block[:, 1]
-        else:
-            self._block = None
-            self._keys = key.new_empty((batch, heads, capacity, features))
-            self._values = value.new_empty((batch, heads, capacity, value.size(3)))
+        self._keys = key.new_empty((batch, key.size(1), capacity, key.size(3)))
+        self._values = value.new_empty((batch, value.size(1), capacity, value.size(3)))
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         if key.dim() != 4 or value.dim() != 4:

@@ -1,0 +1,337 @@
+// A linear layer forward: y = dropout(activation(x W^T + b)) + residual, the epilogue applied to a tile while it is warm.
+//
+// Three ways to the same product, by the number of rows alone:
+//   few rows   every weight is used a few times only: dot products with W as it lies
+//   some rows  x is transposed into panels, rows in the lanes; W is read in place, a tile's rows at a time
+//   many rows  W is packed into panels once; x is read in place, a tile's rows at a time
+// The sum over K runs in the same order for every split of the work, so that bits do not depend on the threads.
+#pragma once
+
+#include "activation.h"
+#include "dropout.h"
+#include "pack.h"
+
+namespace fastseq::FS_ISA {
+namespace {
+
+// Below this much arithmetic a second thread costs more than it saves.
+inline constexpr int64_t worth_a_thread = 1 << 17;
+
+FS_INLINE int linear_threads(int64_t rows, int64_t inputs, int64_t outputs, int threads) {
+  double products = (double)rows * (double)inputs * (double)outputs;
+  return products < (double)worth_a_thread ? 1 : threads;
+}
+
+template <class T>
+FS_INLINE T* at(const fastseq_matrix& matrix, int64_t row, int64_t column) {
+  return (T*)matrix.data + row * matrix.row_stride + column;
+}
+
+// What happens to complete sums on their way out, one dropout_group of columns of a few rows at a time.
+template <class T>
+struct LinearEpilogue {
+  const fastseq_linear_forward& call;
+  const T* bias;  // [O] still to be added, or NULL
+  ElementDropout<T> dropout;
+
+  LinearEpilogue(const fastseq_linear_forward& call, const T* bias)
+      : call(call), bias(bias), dropout(call.shape.dropout, call.shape.dropout_seed, call.shape.dropout_offset) {}
+
+  // Nothing to do for a tile that was written in place.
+  bool is_trivial() const {
+    return !bias && !dropout.active() && !call.residual.data && !call.pre_activation &&
+           call.shape.activation == FASTSEQ_IDENTITY;
+  }
+
+  // source [rows][columns] are the sums of (row ..., column ...), column a multiple of dropout_group; it may be the output.
+  FS_INLINE void apply(const T* source, int64_t source_stride, int64_t row, int64_t rows, int64_t column,
+                       int64_t columns) const {
+    switch (call.shape.activation) {
+      case FASTSEQ_RELU:
+        return run<FASTSEQ_RELU>(source, source_stride, row, rows, column, columns);
+      case FASTSEQ_GELU:
+        return run<FASTSEQ_GELU>(source, source_stride, row, rows, column, columns);
+      case FASTSEQ_GELU_TANH:
+        return run<FASTSEQ_GELU_TANH>(source, source_stride, row, rows, column, columns);
+      case FASTSEQ_SILU:
+        return run<FASTSEQ_SILU>(source, source_stride, row, rows, column, columns);
+      default:
+        return run<FASTSEQ_IDENTITY>(source, source_stride, row, rows, column, columns);
+    }
+  }
+
+  template <int activation>
+  FS_NOINLINE void run(const T* source, int64_t source_stride, int64_t row, int64_t rows, int64_t column,
+                       int64_t columns) const {
+    constexpr int L = lanes<T>, vectors = ElementDropout<T>::vectors;
+    const bool drops = dropout.active();
+    for (int64_t r = 0; r < rows; ++r, source += source_stride) {
+      Vec<T> factor[vectors];
+      if (drops) dropout.draw(row + r, column / dropout_group, factor);
+      T* output = at<T>(call.output, row + r, column);
+      for (int v = 0; v * L < columns; ++v) {
+        int64_t count = columns - v * L;
+        Vec<T> z = load_partial(source + v * L, count);
+        if (bias) z += load_partial(bias + column + v * L, count);
+        if (call.pre_activation)
+          store_partial((T*)call.pre_activation + (row + r) * call.shape.outputs + column + v * L, z, count);
+        Vec<T> y = Activation<T, activation>::value(z);
+        if (drops) y *= factor[v];
+        if (call.residual.data) y += load_partial(at<T>(call.residual, row + r, column) + v * L, count);
+        store_partial(output + v * L, y, count);
+      }
+    }
+  }
+};
+
+template <class T>
+struct LinearForward {
+  static constexpr int64_t W = panel_width<T>, L = lanes<T>;
+  static constexpr int64_t few_rows = 8;
+  // Many rows: as many at a time as leave their sums in L2 beside a group of panels, and panels that fit L3 (one at least).
+  static constexpr int64_t chunk_rows = FS_TILE_ROWS * (126 / FS_TILE_ROWS);
+  static constexpr int64_t packed_bytes = 8 << 20;
+  // Some rows: outputs that are computed before they are transposed, and panels of x that stay in L2 meanwhile.
+  static constexpr int64_t output_block = FS_TILE_ROWS == 14 ? 224 : 96;
+  static constexpr int64_t panel_group = 8;
+
+  const fastseq_linear_forward& call;
+  const fastseq_linear_shape& shape;
+  const T* weight;  // [O, K]
+  int64_t depth;    // K
+  int64_t groups;   // of dropout_group outputs; the unit in which outputs are dealt to threads
+
+  explicit LinearForward(const fastseq_linear_forward& call)
+      : call(call),
+        shape(call.shape),
+        weight((const T*)call.weight),
+        depth(call.shape.inputs),
+        groups((call.shape.outputs + dropout_group - 1) / dropout_group) {}
+
+  int run() {
+    if (!shape.rows || !shape.outputs) return FASTSEQ_OK;
+    if (!depth) return run_empty_sum();
+    if (shape.rows <= few_rows) return run_few();
+    // Packing W costs a pass over O x K, the other way over M x K and M x O.
+    bool many = (double)shape.rows * (double)(depth + shape.outputs) > (double)shape.outputs * (double)depth;
+    return many ? run_many() : run_some();
+  }
+
+  int useful_threads() const { return linear_threads(shape.rows, depth, shape.outputs, shape.threads); }
+
+  Range my_outputs(int rank, int size) const {
+    Range mine = split(groups, size, rank);
+    return {mine.begin * dropout_group, minimum(mine.end * dropout_group, shape.outputs)};
+  }
+
+  int run_empty_sum() {
+    LinearEpilogue<T> epilogue(call, (const T*)call.bias);
+    auto body = [&](int rank, int size) {
+      alignas(64) static constexpr T zeros[dropout_group] = {};
+      Range mine = split(shape.rows, size, rank);
+      for (int64_t column = 0; column < shape.outputs; column += dropout_group)
+        epilogue.apply(zeros, 0, mine.begin, mine.count(), column, minimum(dropout_group, shape.outputs - column));
+    };
+    run_parallel(1, body);
+    return FASTSEQ_OK;
+  }
+
+  int run_few() {
+    LinearEpilogue<T> epilogue(call, (const T*)call.bias);
+    auto body = [&](int rank, int size) {
+      alignas(64) T sums[few_rows * dropout_group];
+      Range mine = my_outputs(rank, size);
+      for (int64_t column = mine.begin; column < mine.end; column += dropout_group) {
+        int64_t columns = minimum(dropout_group, mine.end - column);
+        for (int64_t v = 0; v < columns; v += L)
+          for (int64_t row = 0; row < shape.rows; ++row)
+            store(sums + row * dropout_group + v, dot_rows(weight + (column + v) * depth, minimum(L, columns - v),
+                                                           plain_row<T>(at<T>(call.x, row, 0)), depth, Vec<T>{}));
+        epilogue.apply(sums, dropout_group, 0, shape.rows, column, columns);
+      }
+    };
+    run_parallel(useful_threads(), body);
+    return FASTSEQ_OK;
+  }
+
+  // --- Some rows
+
+  struct RowLanes {
+    T* panels;  // [x panels][K][W], rows of x in the lanes
+    T* sums;    // [panel_group][output_block][W]
+    T* tile;    // [FS_TILE_ROWS][block_stride] of W
+  };
+
+  int run_some() {
+    int64_t x_panels = (shape.rows + W - 1) / W;
+    int threads = useful_threads();
+    auto lay_out = [&](Arena& arena, RowLanes* table) {
+      T* panels = arena.take<T>(x_panels * depth * W);
+      for (int i = 0; i < threads; ++i) {
+        T* sums = arena.take<T>(minimum(panel_group, x_panels) * output_block * W);
+        T* tile = arena.take<T>(FS_TILE_ROWS * block_stride<T>);
+        if (table) table[i] = {panels, sums, tile};
+      }
+    };
+    Arena arena{nullptr};
+    RowLanes* table = arena.take<RowLanes>(threads);
+    lay_out(arena, nullptr);
+    arena = Arena{(char*)fastseq_workspace(arena.used)};
+    if (!arena.base) return FASTSEQ_OUT_OF_MEMORY;
+    table = arena.take<RowLanes>(threads);
+    lay_out(arena, table);
+    LinearEpilogue<T> epilogue(call, (const T*)call.bias);
+    Barrier barrier;
+    auto body = [&](int rank, int size) {
+      Team team{rank, size, &barrier};
+      Range packs = split(x_panels, size, rank);
+      for (int64_t panel = packs.begin; panel < packs.end; ++panel)
+        pack_transposed(at<T>(call.x, panel * W, 0), call.x.row_stride, minimum(W, shape.rows - panel * W), depth,
+                        table[0].panels + panel * depth * W);
+      team.wait();
+      Range mine = my_outputs(rank, size);
+      for (int64_t first = 0; first < x_panels; first += panel_group)
+        for (int64_t output = mine.begin; output < mine.end; output += output_block) {
+          Range block{output, minimum(output + output_block, mine.end)};
+          Range panels{first, minimum(first + panel_group, x_panels)};
+          multiply_in_lanes(table[rank], block, panels);
+          for (int64_t panel = panels.begin; panel < panels.end; ++panel)
+            write_transposed(epilogue, table[rank].sums + (panel - first) * output_block * W, block, panel);
+        }
+    };
+    run_parallel(threads, body);
+    return FASTSEQ_OK;
+  }
+
+  // sums[panel][output][W] for a block of outputs and a group of panels of x.
+  void multiply_in_lanes(RowLanes& buffers, Range block, Range panels) {
+    alignas(64) static constexpr T zeros[W] = {};
+    int64_t tiles = tile_count(block.count());
+    EvenSplit tile_rows(block.count(), tiles);
+    for (int64_t k = 0; k < depth; k += block_depth<T>) {
+      int64_t step = minimum(block_depth<T>, depth - k);
+      for (int64_t i = 0; i < tiles; ++i) {
+        Range part = tile_rows.part(i);
+        const T* a = copy_tile(weight + (block.begin + part.begin) * depth + k, depth, part.count(), step, buffers.tile);
+        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+          T* c = buffers.sums + ((panel - panels.begin) * output_block + part.begin) * W;
+          run_tile<T, Walk::rows>(part.count(), a, buffers.panels + (panel * depth + k) * W, step, k ? c : zeros, k ? W : 0, c,
+                                  W);
+        }
+      }
+    }
+  }
+
+  void write_transposed(const LinearEpilogue<T>& epilogue, const T* sums /* [block][W] */, Range block, int64_t panel) {
+    alignas(64) T rows[L * dropout_group];
+    for (int64_t first = 0; first < W; first += L) {
+      int64_t row = panel * W + first, count = minimum(L, shape.rows - row);
+      if (count <= 0) return;
+      for (int64_t output = block.begin; output < block.end; output += dropout_group) {
+        int64_t columns = minimum(dropout_group, block.end - output);
+        for (int64_t v = 0; v < columns; v += L) {
+          Vec<T> square[L];
+          for (int64_t j = 0; j < L; ++j)
+            square[j] = v + j < columns ? load(sums + (output - block.begin + v + j) * W + first) : Vec<T>{};
+          transpose<T>(square);
+          for (int64_t j = 0; j < L; ++j) store(rows + j * dropout_group + v, square[j]);
+        }
+        epilogue.apply(rows, dropout_group, row, count, output, columns);
+      }
+    }
+  }
+
+  // --- Many rows
+
+  struct Packed {
+    T* panels;  // [panels of a part of the outputs][K][W]
+    T* bias;    // [panels of all outputs][W]
+    T* tile;    // [FS_TILE_ROWS][block_stride] of x
+    T* edge;    // [chunk_rows][W], sums of a panel that is not full
+  };
+
+  int run_many() {
+    int64_t all_panels = (shape.outputs + W - 1) / W, unit = dropout_group / minimum(W, dropout_group);
+    int64_t part_panels = maximum(unit, packed_bytes / (depth * W * (int64_t)sizeof(T)) / unit * unit);
+    part_panels = minimum(part_panels, all_panels);
+    int threads = useful_threads();
+    auto lay_out = [&](Arena& arena, Packed* table) {
+      T* panels = arena.take<T>(part_panels * depth * W);
+      T* bias = arena.take<T>(all_panels * W);
+      for (int i = 0; i < threads; ++i) {
+        T* tile = arena.take<T>(FS_TILE_ROWS * block_stride<T>);
+        T* edge = arena.take<T>(chunk_rows * W);
+        if (table) table[i] = {panels, bias, tile, edge};
+      }
+    };
+    Arena arena{nullptr};
+    Packed* table = arena.take<Packed>(threads);
+    lay_out(arena, nullptr);
+    arena = Arena{(char*)fastseq_workspace(arena.used)};
+    if (!arena.base) return FASTSEQ_OUT_OF_MEMORY;
+    table = arena.take<Packed>(threads);
+    lay_out(arena, table);
+    for (int64_t i = 0; i < all_panels * W; ++i)
+      table[0].bias[i] = call.bias && i < shape.outputs ? ((const T*)call.bias)[i] : T(0);
+    LinearEpilogue<T> epilogue(call, nullptr);
+    Barrier barrier;
+    auto body = [&](int rank, int size) {
+      Team team{rank, size, &barrier};
+      Range mine = split(shape.rows, size, rank);
+      for (int64_t first = 0; first < all_panels; first += part_panels) {
+        if (first) team.wait();  // others may still read the panels
+        int64_t count = minimum(part_panels, all_panels - first);
+        Range packs = split(count, size, rank);
+        for (int64_t i = packs.begin; i < packs.end; ++i)
+          pack_transposed(weight + (first + i) * W * depth, depth, minimum(W, shape.outputs - (first + i) * W), depth,
+                          table[0].panels + i * depth * W);
+        team.wait();
+        for (int64_t row = mine.begin; row < mine.end; row += chunk_rows)
+          multiply_chunk(table[rank], epilogue, Range{row, minimum(row + chunk_rows, mine.end)}, first, count);
+      }
+    };
+    run_parallel(threads, body);
+    return FASTSEQ_OK;
+  }
+
+  // Rows of x against `count` panels from `first`.
+  void multiply_chunk(Packed& buffers, const LinearEpilogue<T>& epilogue, Range rows, int64_t first, int64_t count) {
+    constexpr int64_t unit = dropout_group / (W < dropout_group ? W : dropout_group);  // panels to an epilogue
+    bool trivial = epilogue.is_trivial();
+    multiply_blocked<T>(
+        [&](int64_t row, int64_t row_count, int64_t k, int64_t step) {
+          return copy_tile(at<T>(call.x, rows.begin + row, k), call.x.row_stride, row_count, step, buffers.tile);
+        },
+        Range{0, rows.count()}, 0, depth, buffers.panels, Range{0, count},
+        [&](int64_t row, int64_t panel) {
+          int64_t column = (first + panel) * W;
+          const T* init = buffers.bias + column;
+          if (column + W > shape.outputs) return TilePlace<T>{buffers.edge + row * W, W, init, 0};
+          return TilePlace<T>{at<T>(call.output, rows.begin + row, column), call.output.row_stride, init, 0};
+        },
+        [&](int64_t row, int64_t row_count, int64_t panel) {
+          int64_t column = (first + panel) * W, end = column + W;
+          if (end > shape.outputs) {
+            end = shape.outputs;
+            copy_edge(buffers.edge + row * W, rows.begin + row, row_count, column, end);
+          }
+          if (trivial || ((panel + 1) % unit && panel + 1 < count)) return;
+          column = column / dropout_group * dropout_group;
+          epilogue.apply(at<T>(call.output, rows.begin + row, column), call.output.row_stride, rows.begin + row, row_count,
+                         column, end - column);
+        });
+  }
+
+  FS_NOINLINE void copy_edge(const T* edge /* [rows][W] */, int64_t row, int64_t rows, int64_t column, int64_t end) {
+    for (int64_t r = 0; r < rows; ++r)
+      memcpy(at<T>(call.output, row + r, column), edge + r * W, (size_t)(end - column) * sizeof(T));
+  }
+};
+
+template <class T>
+int linear_forward(const fastseq_linear_forward* call) {
+  return LinearForward<T>(*call).run();
+}
+
+}  // namespace
+}  // namespace fastseq::FS_ISA
