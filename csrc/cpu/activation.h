@@ -117,12 +117,12 @@ struct Activation {
       return grad * fused_multiply_add(normal.clamped, density, cumulative);
     }
     if constexpr (activation == FASTSEQ_GELU_TANH) {
-      V s = M::sigmoid(TanhArgument<T>::value(x));
-      return grad * (s * fused_multiply_add(x * (one - s), TanhArgument<T>::derivative(x), one));
+      auto s = M::sigmoid_and_rest(TanhArgument<T>::value(x));
+      return grad * (s.value * fused_multiply_add(x * s.rest, TanhArgument<T>::derivative(x), one));
     }
     if constexpr (activation == FASTSEQ_SILU) {
-      V s = M::sigmoid(x);
-      return grad * (s * fused_multiply_add(x, one - s, one));
+      auto s = M::sigmoid_and_rest(x);
+      return grad * (s.value * fused_multiply_add(x, s.rest, one));
     }
     return grad;
   }

@@ -18,7 +18,7 @@ namespace {
 template <class T>
 inline constexpr int64_t panel_width = 2 * lanes<T>;
 template <class T>
-inline constexpr int64_t block_depth = 2048 / (int64_t)sizeof(T);
+inline constexpr int64_t block_depth = (FS_VECTOR_BYTES == 64 ? 2048 : 1024) / (int64_t)sizeof(T);
 template <class T>
 inline constexpr int64_t block_stride = block_depth<T> + 64 / (int64_t)sizeof(T);
 

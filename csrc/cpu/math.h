@@ -131,15 +131,28 @@ struct Math {
     return FS_ISA::fused_multiply_add(scale * r, p, scale);
   }
 
+  // sigmoid(x) and what it lacks to 1, either to the last digits: the subtraction would cancel.
+  struct Sigmoid {
+    Value value, rest;
+  };
+  static FS_INLINE Sigmoid sigmoid_and_rest(Value x) {
+    Value e = exp_minus_magnitude(x), one = broadcast<T>(1), large = one / (one + e), small = e * large;
+    auto negative = x < broadcast<T>(0);
+    return {negative ? small : large, negative ? large : small};
+  }
+
   // 1 / (1 + exp(-x)) from exp(-|x|), which never overflows and keeps the small side exact to the last digits.
   static FS_INLINE Value sigmoid(Value x) {
+    Value e = exp_minus_magnitude(x), one = broadcast<T>(1);
+    return (x < broadcast<T>(0) ? e : one) / (one + e);
+  }
+
+  static FS_INLINE Value exp_minus_magnitude(Value x) {
     Value negative = minus_magnitude(x);
     Value underflow = broadcast<T>(C::underflow);
     ReducedExp<T> reduced = reduce_exp<T>(at_least(negative, underflow));
     Value e = FS_ISA::fused_multiply_add(reduced.scale, reduced.p, reduced.scale);
-    e = negative < underflow ? broadcast<T>(0) : e;
-    Value one = broadcast<T>(1);
-    return (x < broadcast<T>(0) ? e : one) / (one + e);
+    return negative < underflow ? broadcast<T>(0) : e;
   }
 
   // -expm1(-2|x|) / (2 + expm1(-2|x|)), with the sign of x put back.
