@@ -308,7 +308,7 @@ def draw(model: Translator, data: Data, path: Path) -> None:
     for number, (row, layer) in enumerate(zip(axes, layers, strict=True), start=1):
         columns = zip(row, titles, layer, (read, asked), strict=True)
         for axis, title, weights, words in columns:
-            axis.imshow(weights, vmin=0, vmax=1, cmap="Blues")
+            axis.imshow(weights.numpy(), vmin=0, vmax=1, cmap="Blues")
             axis.set_title(f"layer {number}, {title}", fontsize=10)
             axis.set_xticks(range(len(words)), words)
             axis.set_yticks(range(len(written)), written)
