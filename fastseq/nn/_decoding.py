@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseq import _ops, functional
+from fastseq._linear import ACTIVATIONS
 from fastseq._ops.shared import PLAIN_TYPES, is_watched
 from fastseq.functional import layer_norm, linear
 from fastseq.nn import _attention_arguments as arguments
@@ -171,6 +172,10 @@ def _step(
     shape = x.shape
     batch, steps = shape[:2] if batch_first else (shape[1], shape[0])
     weights = attention._parameters
+    if steps == 1 and padding is None:
+        done = _one_position(layer, x, batch, cache)
+        if done is not None:
+            return done
     normed = _norm(modules["norm1"], x) if first else x
     projected = linear(normed, weights["in_proj_weight"], weights["in_proj_bias"])
     if steps == 1:
@@ -215,6 +220,68 @@ def _step(
         hidden = layer.activation(hidden)
     x = linear(hidden, outer["weight"], outer["bias"], None, x)
     return x if first else _norm(modules["norm3"], x)
+
+
+def _one_position(
+    layer: TransformerDecoderLayer, x: Tensor, batch: int, cache: DecoderLayerCache
+) -> Tensor | None:
+    """:func:`_step` for one position, all in one call of the kernels' side; ``None`` if not so."""
+    modules: dict[str, Any] = layer._modules
+    activation = parts.fused_activation(layer.activation)
+    own = cache.self_attention
+    keys, values = own._keys, own._values
+    if activation is None or keys is None or values is None or own._frozen(keys):
+        return None
+    norms = []
+    for name in ("norm1", "norm2", "norm3"):
+        norm = modules.get(name)
+        if norm is None:
+            norms.append((None, None, 0.0))
+            continue
+        if not _is_plain_norm(norm):
+            return None
+        options = norm._parameters
+        norms.append((options["weight"], options["bias"], norm.eps))
+    output = _ops.plain_decoder_step(
+        x,
+        batch,
+        modules["self_attn"].num_heads,
+        layer.norm_first,
+        ACTIVATIONS[activation],
+        _projections(modules["self_attn"]),
+        (*_weights(modules["linear1"]), *_weights(modules["linear2"])),
+        tuple(norms),
+        keys,
+        values,
+        own._length,
+        _projections(modules["multihead_attn"]) if layer.cross_attention else None,
+        cache.memory_keys,
+        cache.memory_values,
+    )
+    if output is not None:
+        own._length += 1
+    return output
+
+
+def _weights(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    options = module._parameters
+    return options["weight"], options["bias"]
+
+
+def _projections(attention: Any) -> tuple[Tensor | None, ...]:
+    options = attention._parameters
+    out = _weights(attention._modules["out_proj"])
+    return options["in_proj_weight"], options["in_proj_bias"], *out
+
+
+def _is_plain_norm(module: nn.Module) -> bool:
+    return (
+        type(module) is LayerNorm
+        and not parts.is_hooked(module)
+        and "forward" not in module.__dict__
+        and len(module._parameters) == 2
+        and module._parameters["weight"] is not None
+    )
 
 
 def _norm(module: nn.Module, input: Tensor) -> Tensor:
