@@ -157,6 +157,10 @@ def linear_backward(
     activation: int,
     dropout: float,
     seed: Tensor | None,
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None: ...
 def norm_forward(
     dtype: int,
     threads: int,
