@@ -132,6 +132,18 @@ def test_a_layer_computes_the_same(function: str, isa: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
+def derivative(function: str, x: Tensor) -> Tensor:
+    """In the arithmetic of ``x``, without differences of numbers near one."""
+    if function == "gelu":
+        density = torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+        return torch.special.erfc(-x / math.sqrt(2)) / 2 + x * density
+    argument, slope = x, torch.ones_like(x)
+    if function == "gelu_tanh":
+        argument = math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)
+        slope = math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * x**2)
+    return torch.sigmoid(argument) * (1 + x * slope * torch.sigmoid(-argument))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_derivatives(function: str, dtype: torch.dtype, isa: str) -> None:
@@ -141,8 +153,7 @@ def test_derivatives(function: str, dtype: torch.dtype, isa: str) -> None:
     approximation of GELU, which squares its argument, twice as large.
     """
     values = torch.cat([torch.linspace(-30, 30, 100_001), torch.logspace(-30, 1, 1000)]).to(dtype)
-    exact = values.double().requires_grad_()
-    (truth,) = torch.autograd.grad(FUNCTIONS[function](exact).sum(), exact)
+    truth = derivative(function, values.double())
     x = values.unsqueeze(1).requires_grad_()
     ones = torch.ones(1, 1, dtype=dtype)
     (found,) = torch.autograd.grad(functional.linear(x, ones, None, function).sum(), x)
