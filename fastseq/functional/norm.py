@@ -50,7 +50,7 @@ def layer_norm(
     """
     result = _ops.plain_norm(input, None, normalized_shape, weight, bias, eps, False, False)
     if result is not None:
-        return result  # type: ignore[return-value]
+        return result
     _checks.tensor("input", input)
     if input.is_nested:
         warn_fallback(_NESTED)
@@ -87,7 +87,7 @@ def rms_norm(
     """
     result = _ops.plain_norm(input, None, normalized_shape, weight, None, eps, True, False)
     if result is not None:
-        return result  # type: ignore[return-value]
+        return result
     _checks.tensor("input", input)
     if input.is_nested:
         warn_fallback(_NESTED)
