@@ -104,7 +104,9 @@ class TransformerCase:
     def plain(self) -> bool:
         """A shape and nothing else, but for the dropout that layers have by default."""
         words = set(self.options.words())
-        return not words if self.layer == "linear" else words <= {f"dropout{self.options.dropout:g}"}
+        return (
+            not words if self.layer == "linear" else words <= {f"dropout{self.options.dropout:g}"}
+        )
 
     @property
     def streaming(self) -> bool:
@@ -227,10 +229,15 @@ class TransformerCase:
         weights, rows = self.weight_elements(), self.B * self.S
         if self.layer == "generation":
             held = self._pairs(causal=True) + (self.S * self.S * self.B * self.options.memory)
-            return size * (self.S * weights + self.depth * 2 * self.E * held)
+            # The weights that project the memory are read once.
+            memory = self.depth * 2 * (self.E * self.E + self.E) * self.options.memory
+            weights = self.S * (weights - memory) + memory
+            return size * (weights + self.depth * 2 * self.E * held)
         if self.layer in NORMS:
             # One gradient serves input and residual.
-            return size * (rows * self.E * (7 if training else 3) + weights * (3 if training else 1))
+            return size * (
+                rows * self.E * (7 if training else 3) + weights * (3 if training else 1)
+            )
         outputs = rows * (self.F if self.layer == "linear" else self.E)
         inputs = rows * self.E
         if self.layer in ("decoder", "transformer"):
@@ -288,15 +295,17 @@ def transformer_suite() -> list[TransformerCase]:
         for rows in _LINEAR_ROWS:
             cases.append(make_transformer_case("linear", direction, S=rows, E=512, F=2048))
         gelu = TransformerOptions(activation="gelu")
-        cases.append(make_transformer_case("linear", direction, S=2048, E=512, F=2048, options=gelu))
-        end = TransformerOptions(residual=True, dropout=_DROPOUT if direction == "training" else 0.0)
+        cases.append(
+            make_transformer_case("linear", direction, S=2048, E=512, F=2048, options=gelu)
+        )
+        end = TransformerOptions(
+            residual=True, dropout=_DROPOUT if direction == "training" else 0.0
+        )
         cases.append(make_transformer_case("linear", direction, S=2048, E=512, F=2048, options=end))
         copied = TransformerOptions(probes=("copy_bandwidth",))
         for layer in NORMS:
             for rows in _NORM_ROWS:
-                cases.append(
-                    make_transformer_case(layer, direction, S=rows, E=512, options=copied)
-                )
+                cases.append(make_transformer_case(layer, direction, S=rows, E=512, options=copied))
         training = direction == "training"
         dropout = _DROPOUT if training else 0.0
         probes = ("peak_memory",) if training else ()
