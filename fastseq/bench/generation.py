@@ -96,7 +96,7 @@ def build(case: TransformerCase, seed: int = 0) -> BuiltGeneration:
 
 
 def _hidden(stack: nn.Module, vectors: Tensor, memory: Tensor | None) -> Tensor:
-    """torch's stack over all positions so far."""
+    """Run torch's stack over all positions so far."""
     mask = nn.Transformer.generate_square_subsequent_mask(vectors.size(1), dtype=vectors.dtype)
     if memory is None:
         return stack(vectors, mask=mask, is_causal=True)

@@ -120,10 +120,12 @@ def read_bandwidth(size: int = _READ_BYTES) -> float:
     return size / statistics.median(times[1:])
 
 
-def copy_bandwidth_share(call: Callable[[], object], traffic: int, seconds: float) -> float:
-    """Time of a copy over that of a call with as much traffic; the two are timed in turns.
+def copy_bandwidth(call: Callable[[], object], traffic: int, seconds: float) -> dict[str, float]:
+    """Time of a copy over that of a call with as much traffic; they are timed in turns.
 
-    The copy reads half the bytes and writes the other half, so that it fits the same caches.
+    The copy reads half the bytes and writes the other half, so that it fits the same caches. It
+    is taken twice: onto an array that exists, which is what memory can do at best, and into a new
+    one, whose pages the system has to hand out first, as it has for every result of a function.
 
     Args:
         call: What to hold against the copy.
@@ -132,8 +134,12 @@ def copy_bandwidth_share(call: Callable[[], object], traffic: int, seconds: floa
     """
     source = torch.zeros(max(1, traffic // 8))
     target = torch.empty_like(source)
-    timings = interleave({"copy": lambda: target.copy_(source), "call": call}, seconds=seconds)
-    return timings["copy"].median_s / timings["call"].median_s
+    copies = {"copy": lambda: target.copy_(source), "clone": source.clone}
+    timings = interleave({**copies, "call": call}, seconds=seconds)
+    return {
+        f"share_of_{name}_bandwidth": timings[name].median_s / timings["call"].median_s
+        for name in copies
+    }
 
 
 PROBES: dict[str, Callable[[BuiltCase, str, float], dict[str, float]]] = {

@@ -233,7 +233,7 @@ def _transformer_cell(result: CaseResult | None) -> str:
     if slowest < 1:
         text = f"**{text}**"
     notes = []
-    for probe in ("copy", "read"):
+    for probe in ("copy", "clone", "read"):
         share = result.probes.get(f"share_of_{probe}_bandwidth")
         if share is not None:
             notes.append(f"{share:.0%} of {probe}")

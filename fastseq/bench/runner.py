@@ -17,7 +17,7 @@ from fastseq.bench.gate import GateResult, check, check_output
 from fastseq.bench.probes import (
     PROBES,
     ProbeSkippedError,
-    copy_bandwidth_share,
+    copy_bandwidth,
     peak_memory_of,
     read_bandwidth,
 )
@@ -179,8 +179,7 @@ def _run_transformer(
         _time(result, calls, seconds, minimum_visits=3 if making is generation else 7)
         probes = case.options.probes
         if "copy_bandwidth" in probes:
-            share = copy_bandwidth_share(calls[OURS], case.bytes(), seconds)
-            result.probes["share_of_copy_bandwidth"] = share
+            result.probes |= copy_bandwidth(calls[OURS], case.bytes(), seconds)
     if "read_bandwidth" in probes:
         rate = case.bytes() / result.timings[OURS].median_s
         weights = case.weight_elements() * ELEMENT_BYTES[case.dtype]

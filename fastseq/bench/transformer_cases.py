@@ -103,10 +103,7 @@ class TransformerCase:
     @property
     def plain(self) -> bool:
         """A shape and nothing else, but for the dropout that layers have by default."""
-        words = set(self.options.words())
-        return (
-            not words if self.layer == "linear" else words <= {f"dropout{self.options.dropout:g}"}
-        )
+        return not self.words
 
     @property
     def streaming(self) -> bool:
@@ -235,9 +232,8 @@ class TransformerCase:
             return size * (weights + self.depth * 2 * self.E * held)
         if self.layer in NORMS:
             # One gradient serves input and residual.
-            return size * (
-                rows * self.E * (7 if training else 3) + weights * (3 if training else 1)
-            )
+            arrays, uses = (7, 3) if training else (3, 1)
+            return size * (rows * self.E * arrays + weights * uses)
         outputs = rows * (self.F if self.layer == "linear" else self.E)
         inputs = rows * self.E
         if self.layer in ("decoder", "transformer"):
@@ -294,20 +290,19 @@ def transformer_suite() -> list[TransformerCase]:
     for direction in _DIRECTIONS:
         for rows in _LINEAR_ROWS:
             cases.append(make_transformer_case("linear", direction, S=rows, E=512, F=2048))
-        gelu = TransformerOptions(activation="gelu")
-        cases.append(
-            make_transformer_case("linear", direction, S=2048, E=512, F=2048, options=gelu)
-        )
-        end = TransformerOptions(
-            residual=True, dropout=_DROPOUT if direction == "training" else 0.0
-        )
-        cases.append(make_transformer_case("linear", direction, S=2048, E=512, F=2048, options=end))
+        training = direction == "training"
+        dropout = _DROPOUT if training else 0.0
+        for options in (
+            TransformerOptions(activation="gelu"),
+            TransformerOptions(residual=True, dropout=dropout),
+        ):
+            cases.append(
+                make_transformer_case("linear", direction, S=2048, E=512, F=2048, options=options)
+            )
         copied = TransformerOptions(probes=("copy_bandwidth",))
         for layer in NORMS:
             for rows in _NORM_ROWS:
                 cases.append(make_transformer_case(layer, direction, S=rows, E=512, options=copied))
-        training = direction == "training"
-        dropout = _DROPOUT if training else 0.0
         probes = ("peak_memory",) if training else ()
         for layer, ragged in (("encoder", False), ("encoder", True), ("decoder", False)):
             options = TransformerOptions(dropout=dropout, ragged=ragged, probes=probes)
