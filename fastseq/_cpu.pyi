@@ -157,6 +157,21 @@ def linear_backward(
     activation: int,
     dropout: float,
     seed: Tensor | None,
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None: ...
+def element_dropout_mask(
+    rows: int, columns: int, probability: float, seed: Tensor, keep: Tensor
+) -> None: ...
+def plain_linear(
+    threads: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    residual: Tensor | None,
+) -> Tensor | None: ...
 def norm_forward(
     dtype: int,
     threads: int,
@@ -188,17 +203,6 @@ def norm_backward(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None: ...
-def element_dropout_mask(
-    rows: int, columns: int, probability: float, seed: Tensor, keep: Tensor
-) -> None: ...
-def plain_linear(
-    threads: int,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: int,
-    residual: Tensor | None,
-) -> Tensor | None: ...
 def plain_norm(
     threads: int,
     input: Tensor,

@@ -37,6 +37,8 @@ REGISTRY: dict[type[torch_nn.Module], type[torch_nn.Module]] = {
     torch_nn.LSTMCell: fast_nn.LSTMCell,
     torch_nn.GRUCell: fast_nn.GRUCell,
     torch_nn.MultiheadAttention: fast_nn.MultiheadAttention,
+    torch_nn.LayerNorm: fast_nn.LayerNorm,
+    torch_nn.RMSNorm: fast_nn.RMSNorm,
     torch_nn.Linear: fast_nn.Linear,
 }
 _REVERSE = {fast: plain for plain, fast in REGISTRY.items()}
@@ -346,7 +348,7 @@ def _weight_obstacle(module: torch_nn.Module) -> str:
     parameters = list(module.parameters())
     devices = {parameter.device.type for parameter in parameters}
     dtypes = {parameter.dtype for parameter in parameters}
-    if devices != {"cpu"}:
+    if devices - {"cpu"}:  # norms may have no parameters at all
         return f"no fused kernels for device {', '.join(sorted(devices))}"
     if len(dtypes) > 1 or not dtypes <= FUSED_DTYPES:
         return f"no fused kernels for dtype {', '.join(sorted(map(str, dtypes)))}"
@@ -360,7 +362,7 @@ def _weight_names(module: torch_nn.Module) -> Sequence[str]:
         return _ATTENTION_WEIGHTS
     if isinstance(module, _STACKS):
         return ()
-    if isinstance(module, torch_nn.Linear):
+    if isinstance(module, (torch_nn.Linear, torch_nn.LayerNorm, torch_nn.RMSNorm)):
         return ("weight", "bias")
     return ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 

@@ -105,7 +105,8 @@ def test_a_large_mean_costs_no_digits(isa: str) -> None:
 # --- NaN, Inf, huge and denormal numbers
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e30", "1e-42"])
+# Beyond 1e19 squares overflow, and torch's variance may be NaN.
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e15", "1e-42"])
 @pytest.mark.parametrize("rms", [False, True])
 def test_specials_behave_as_in_torch(rms: bool, value: str, isa: str) -> None:
     for features in (7, 64, 75):
@@ -350,10 +351,15 @@ def test_lazily_negated_input() -> None:
     torch.testing.assert_close(functional.layer_norm(x, (5,)), F.layer_norm(x, (5,)))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors() -> None:
+    from fastseq import backends
+
+    backends._warned_reasons.clear()
     nested = torch.nested.nested_tensor([torch.randn(2, 5), torch.randn(3, 5)])
     weight, bias = torch.ones(5), torch.zeros(5)
-    ours = functional.layer_norm(nested, (5,), weight, bias)
+    with pytest.warns(fastseq.FastseqFallbackWarning, match="nested"):
+        ours = functional.layer_norm(nested, (5,), weight, bias)
     theirs = F.layer_norm(nested, (5,), weight, bias)
     for a, b in zip(ours.unbind(), theirs.unbind(), strict=True):
         torch.testing.assert_close(a, b)

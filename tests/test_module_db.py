@@ -23,7 +23,7 @@ TRANSFORMERS = (
     "TransformerEncoder",
     "Transformer",
 )
-NAMES = (*RECURRENT, "MultiheadAttention", "Linear", *TRANSFORMERS)
+NAMES = (*RECURRENT, "MultiheadAttention", "Linear", "LayerNorm", "RMSNorm", *TRANSFORMERS)
 # These have dozens of samples, for masks that make no difference to what a module holds.
 STRIDE = {name: 5 if name in TRANSFORMERS else 1 for name in NAMES}
 INFOS = {

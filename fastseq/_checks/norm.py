@@ -78,9 +78,9 @@ def residual(value: Any, input: Tensor) -> Tensor:
             f"residual must be on the device of input: expected {input.device}, got {value.device}"
         )
     if value.shape == input.shape:
-        return value  # type: ignore[no-any-return]
+        return value
     try:
-        return value.expand(input.shape)  # type: ignore[no-any-return]
+        return value.expand(input.shape)
     except RuntimeError:
         raise RuntimeError(
             f"residual must be broadcastable to the shape of input: expected "

@@ -83,7 +83,7 @@ def norm_forward(
         _threads(), input, residual, weight, bias, dims, eps, rms, dropout_p, seed, want_sum, save
     )
     if results is not None:
-        return results  # type: ignore[no-any-return]
+        return results
     features = options.features(input)
     rows = input.numel() // features if features else 0
     output = input.new_empty(input.shape)
@@ -138,7 +138,7 @@ def norm_backward(
         needs,
     )
     if results is not None:
-        return results  # type: ignore[no-any-return]
+        return results
     features = options.features(x)
     shape = x.shape[x.dim() - options.dims :]
     grad_x = x.new_empty(x.shape) if needs[0] else None

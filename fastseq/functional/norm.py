@@ -50,7 +50,7 @@ def layer_norm(
     """
     result = _ops.plain_norm(input, None, normalized_shape, weight, bias, eps, False, False)
     if result is not None:
-        return result  # type: ignore[return-value]
+        return result
     _checks.tensor("input", input)
     if input.is_nested:
         warn_fallback(_NESTED)
@@ -87,7 +87,7 @@ def rms_norm(
     """
     result = _ops.plain_norm(input, None, normalized_shape, weight, None, eps, True, False)
     if result is not None:
-        return result  # type: ignore[return-value]
+        return result
     _checks.tensor("input", input)
     if input.is_nested:
         warn_fallback(_NESTED)
@@ -195,12 +195,12 @@ def _layer_options(
     eps: float,
     dropout_p: float,
 ) -> NormOptions:
-    _checks.floating(input)
     dims = _checks.normalized_shape(normalized_shape, input, RuntimeError)
     # torch mixes half-precision inputs with float32 weights, and nothing else.
-    same_dtype = input.dtype in FUSED_DTYPES
+    same_dtype = input.dtype in FUSED_DTYPES or not input.is_floating_point()
     _checks.affine("weight", weight, input, dims, same_dtype)
     _checks.affine("bias", bias, input, dims, same_dtype)
+    _checks.floating(input)
     return NormOptions(dims, False, _checks.number("eps", eps), _checks.probability(dropout_p))
 
 
