@@ -142,24 +142,6 @@ def copy_bandwidth(call: Callable[[], object], traffic: int, seconds: float) -> 
     }
 
 
-def copy_bandwidth(bytes_moved: int = _READ_BYTES) -> float:
-    """Bytes per second, read and written together, at which all threads copy an array.
-
-    Args:
-        bytes_moved: of the two arrays together; fewer than the caches hold measure the caches.
-    """
-    source = torch.zeros(max(bytes_moved // 8, 1))
-    target = torch.empty_like(source)
-    calls = max(1, (8 << 20) // bytes_moved)
-    times = []
-    for _ in range(15):
-        start = perf_counter()
-        for _ in range(calls):
-            target.copy_(source)
-        times.append((perf_counter() - start) / calls)
-    return 2 * source.nbytes / statistics.median(times[1:])
-
-
 PROBES: dict[str, Callable[[BuiltCase, str, float], dict[str, float]]] = {
     "first_call": first_call,
     "shape_sweep": shape_sweep,
