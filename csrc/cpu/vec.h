@@ -153,6 +153,20 @@ FS_INLINE Vec<double> fused_negate_multiply_add(Vec<double> a, Vec<double> b, Ve
 #endif
 }
 
+// a * b - product, exactly, for product = a * b as rounded: what rounding took. Without a fused multiply-add both factors are
+// split into halves whose products are exact (Dekker, "A floating-point technique for extending the available precision", 1971).
+template <class T>
+FS_INLINE Vec<T> product_error(Vec<T> a, Vec<T> b, Vec<T> product) {
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__aarch64__)
+  return fused_multiply_add(a, b, -product);
+#else
+  IntVec<T> low_half = IntVec<T>{} + (sizeof(T) == 4 ? 0xFFF : 0x7FFFFFF);
+  Vec<T> a_high = (Vec<T>)((IntVec<T>)a & ~low_half), a_low = a - a_high;
+  Vec<T> b_high = (Vec<T>)((IntVec<T>)b & ~low_half), b_low = b - b_high;
+  return ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low;
+#endif
+}
+
 // value < floor ? floor : value; a NaN in value stays. On x86 that is the maximum with the operands in this order. (Masked with
 // all lanes, because GCC 12 warns of its own header's plain form.)
 FS_INLINE Vec<float> at_least(Vec<float> value, Vec<float> floor) {
