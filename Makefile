@@ -29,10 +29,13 @@ bench: $(VENV)/.bench  ## time the layers against torch.nn (pytest-benchmark)
 report: $(VENV)/.bench  ## measure every peer, then redo the README's tables and picture
 	$(BIN)/python -m fastseq.bench run --suite rnn --json benchmarks/results/rnn.json $(ARGS)
 	$(BIN)/python -m fastseq.bench run --suite attention --json benchmarks/results/attention.json $(ARGS)
+	$(BIN)/python -m fastseq.bench run --suite transformer --json benchmarks/results/transformer.json $(ARGS)
 	$(BIN)/python -m fastseq.bench readme benchmarks/results/rnn.json README.md
 	$(BIN)/python -m fastseq.bench readme benchmarks/results/attention.json README.md
+	$(BIN)/python -m fastseq.bench readme benchmarks/results/transformer.json README.md
 	$(BIN)/python -m fastseq.bench plot benchmarks/results/rnn.json --output docs/figures/rnn-speedups.svg
 	$(BIN)/python -m fastseq.bench plot benchmarks/results/attention.json --output docs/figures/attention-speedups.svg
+	$(BIN)/python -m fastseq.bench plot benchmarks/results/transformer.json --output docs/figures/transformer-speedups.svg
 
 lint: $(VENV)/.lint  ## check style and types
 	$(BIN)/ruff check .

@@ -45,7 +45,7 @@ import fastseq.nn as fnn
 SEED = 0
 HEADS = 4
 LAYERS = 2  # in the encoder and in the decoder
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
 WARM_UP = 0.1  # share of the steps in which the learning rate rises; then it falls to zero
 HELD_OUT = 0.1  # share of the sentences that is not trained on
 EXAMPLE = ("I am a student", "je suis un étudiant")  # held out as well
@@ -308,7 +308,7 @@ def draw(model: Translator, data: Data, path: Path) -> None:
     for number, (row, layer) in enumerate(zip(axes, layers, strict=True), start=1):
         columns = zip(row, titles, layer, (read, asked), strict=True)
         for axis, title, weights, words in columns:
-            axis.imshow(weights, vmin=0, vmax=1, cmap="Blues")
+            axis.imshow(weights.numpy(), vmin=0, vmax=1, cmap="Blues")
             axis.set_title(f"layer {number}, {title}", fontsize=10)
             axis.set_xticks(range(len(words)), words)
             axis.set_yticks(range(len(written)), written)
@@ -345,15 +345,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train an English-to-French Transformer with torch.nn and fastseq.nn."
     )
-    parser.add_argument("--epochs", type=int, help="passes over the sentences (default 8)")
+    parser.add_argument("--epochs", type=int, help="passes over the sentences (default 5)")
     parser.add_argument("--sentences", type=int, help="sentence pairs to write (default 12000)")
     parser.add_argument("--size", type=int, help="features of a word (default 128)")
-    parser.add_argument("--batch", type=int, help="sentences per step (default 128)")
+    parser.add_argument("--batch", type=int, help="sentences per step (default 64)")
     parser.add_argument("--dropout", type=float, default=0.1, help="while training (default 0.1)")
     parser.add_argument("--figure", type=Path, help="write a picture of attention weights here")
     parser.add_argument("--quick", action="store_true", help="a few seconds: small model and data")
     parsed = parser.parse_args(arguments)
-    defaults = (1, 600, 32, 64) if parsed.quick else (8, 12_000, 128, 128)
+    defaults = (1, 600, 32, 64) if parsed.quick else (5, 12_000, 128, 64)
     for name, default in zip(("epochs", "sentences", "size", "batch"), defaults, strict=True):
         if getattr(parsed, name) is None:
             setattr(parsed, name, default)

@@ -241,3 +241,20 @@ def dense_norm_backward(
     dropout_p: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None: ...
+def plain_decoder_step(
+    threads: int,
+    x: Tensor,
+    batch: int,
+    heads: int,
+    norm_first: bool,
+    activation: int,
+    self_attention: tuple[Tensor | None, ...],
+    feed_forward: tuple[Tensor | None, ...],
+    norms: tuple[tuple[Tensor, Tensor | None, float], ...],
+    keys: Tensor,
+    values: Tensor,
+    length: int,
+    cross_attention: tuple[Tensor | None, ...] | None,
+    memory_keys: Tensor | None,
+    memory_values: Tensor | None,
+) -> Tensor | None: ...

@@ -7,7 +7,8 @@ Every tensor argument is a torch tensor or None (a null pointer). `dtype` is 0 f
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from libc.math cimport sqrt
 from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
-from libc.string cimport memset
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
 
 from fastseq._core cimport (
     FASTSEQ_CELL_COUNT,
@@ -326,3 +327,4 @@ def plain_layer(int cell, int gates, bint has_cell, int threads, input, hx, cx, 
 include "_cpu_attention.pxi"
 include "_cpu_linear.pxi"
 include "_cpu_norm.pxi"
+include "_cpu_decoding.pxi"

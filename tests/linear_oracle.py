@@ -123,7 +123,7 @@ def expected(case: Case) -> tuple[dict[str, Tensor], dict[str, float]]:
     # The fewer elements the smallest tensor has, the more runs it takes to meet float32's usual
     # error instead of its luck.
     smallest = min(value.numel() for value in truth.values())
-    for nudge in range(min(max(48 // max(smallest, 1), 2), 12)):
+    for nudge in range(min(max(48 // max(smallest, 1), 3), 12)):
         exact = truth
         if nudge or case.dtype == "float64":
             exact = run(sister, "torch", torch.float64, nudge)
@@ -132,8 +132,23 @@ def expected(case: Case) -> tuple[dict[str, Tensor], dict[str, float]]:
             errors[name] = max(errors[name], largest(rounded[name] - exact[name]))
     dtype = getattr(torch, case.dtype)
     return truth, {
-        name: bound(dtype, errors[name], largest(value)) for name, value in truth.items()
+        name: bound(dtype, errors[name], largest(value))
+        + _free_units(case, name) * torch.finfo(dtype).eps * largest(value)
+        for name, value in truth.items()
     }
+
+
+def _free_units(case: Case, name: str) -> float:
+    """More units than the common bound's.
+
+    For a single row or column, which torch sums as a dot product with many accumulators; and for
+    the approximation of GELU, whose derivative may err twice as much (``test_activations.py``).
+    """
+    units = 8.0 if case.activation == "gelu_tanh" else 0.0
+    if min(case.rows, case.features, case.outputs) == 1:
+        terms = {"output": case.features, "grad_input": case.outputs, "grad_residual": 0}
+        units += terms.get(name, case.rows) ** 0.5 / 4
+    return units
 
 
 def check(case: Case) -> None:

@@ -337,7 +337,7 @@ def test_onnxruntime_says_what_it_cannot_do() -> None:
 # --- what the repository shows
 
 
-@pytest.mark.parametrize("suite", ["rnn", "attention"])
+@pytest.mark.parametrize("suite", ["rnn", "attention", "transformer"])
 def test_readme_shows_the_committed_results(suite: str) -> None:
     root = Path(__file__).parents[1]
     results = root / "benchmarks" / "results" / f"{suite}.json"

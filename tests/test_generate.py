@@ -460,6 +460,16 @@ def test_prompts_of_different_lengths(strategy: Any) -> None:
     assert tokens.tolist() == [[1, 2, 3, 4, 7, 7], [0, 4, 2, 3, 4, 7], [5, 0, 1, 2, 3, 4]]
 
 
+@pytest.mark.parametrize("strategy", [Greedy(), Sample(top_k=2), Beam(2)], ids=repr)
+def test_int32_tokens(strategy: Any) -> None:
+    prompt = torch.tensor([[1, 0], [2, 3]], dtype=torch.int32)
+    tokens = fastseq.generate(
+        chain(), prompt, 2, strategy=strategy, prompt_lengths=[1, 2], return_scores=True
+    )[0]
+    assert tokens.dtype == torch.int32
+    assert tokens.tolist() == [[1, 2, 3, 0], [2, 3, 4, 5]]
+
+
 def test_scores_of_prompts_of_different_lengths() -> None:
     torch.manual_seed(0)
     logits = torch.randn(5, 5)

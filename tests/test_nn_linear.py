@@ -163,7 +163,8 @@ def test_inference_goes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
     inner = _ops.linear
     monkeypatch.setattr(_ops, "linear", lambda *a: general.append(a) or inner(*a))
     with torch.no_grad():
-        for one in (x, x[0], x.view(2, 1, 4), torch.randn(2, 8).double()[:, :4]):
+        wide = torch.randn(2, 8, dtype=torch.float64)
+        for one in (x, x[0], x.view(2, 1, 4), x[:1].expand(3, 4), wide[:, :4]):
             ours(one)
         assert not general
         ours(torch.randn(4, 2, dtype=torch.float64).t())

@@ -160,7 +160,7 @@ template <class T, class Rows, class Place, class Finish>
 FS_INLINE void multiply_blocked(Rows rows_of, Range rows, int64_t first_k, int64_t depth,
                                 const T* panels /* [panel][depth][panel_width] */, Range panel_range, Place place_of,
                                 Finish finish) {
-  constexpr int64_t group = (384 << 10) / (block_depth<T> * panel_width<T> * (int64_t)sizeof(T));
+  constexpr int64_t group = (640 << 10) / (block_depth<T> * panel_width<T> * (int64_t)sizeof(T));
   int64_t tiles = tile_count(rows.count());
   EvenSplit tile_rows(rows.count(), tiles);
   for (int64_t first = panel_range.begin; first < panel_range.end; first += group) {

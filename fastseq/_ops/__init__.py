@@ -12,6 +12,7 @@ made of differentiable torch operators.
 from __future__ import annotations
 
 from fastseq._ops.attention import attention, plain_attention
+from fastseq._ops.decoding import plain_decoder_step
 from fastseq._ops.linear import linear, plain_linear
 from fastseq._ops.norm import norm, plain_norm
 from fastseq._ops.recurrent import plain_layer, rnn_cell, rnn_layer
@@ -23,6 +24,7 @@ __all__ = [
     "linear",
     "norm",
     "plain_attention",
+    "plain_decoder_step",
     "plain_layer",
     "plain_linear",
     "plain_norm",

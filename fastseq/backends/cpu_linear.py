@@ -12,14 +12,13 @@ from fastseq import _config, _products
 from fastseq._linear import NONE, RELU
 from fastseq.backends import cpu as _cpu  # connects the kernels to torch's exchange table
 from fastseq.backends import reference_linear
-from fastseq.backends.reference_dropout import element_keep
 
 __all__ = ["dropout_keep", "linear_backward", "linear_forward", "plain_linear"]
 
 _kernels = _config.extension()
-_forward = getattr(_kernels, "linear_forward", None)
-_backward = getattr(_kernels, "linear_backward", None)
-_plain = getattr(_kernels, "plain_linear", None)
+_forward = _kernels.linear_forward
+_backward = _kernels.linear_backward
+_plain = _kernels.plain_linear
 _threads = torch.get_num_threads
 assert _cpu is not None
 
@@ -28,15 +27,11 @@ def plain_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: int, residual: Tensor | None
 ) -> Tensor | None:
     """A call without dropout, checked and run in one go; ``None`` where it is not so plain."""
-    if _plain is None:
-        return None
     return _plain(_threads(), input, weight, bias, activation, residual)
 
 
 def dropout_keep(seed: Tensor, probability: float, rows: int, columns: int) -> Tensor:
     """Which elements of a ``(rows, columns)`` matrix the kernels' dropout keeps, bool."""
-    if _forward is None:
-        return element_keep(seed, probability, rows, columns)
     keep = torch.empty((rows, columns), dtype=torch.uint8)
     _kernels.element_dropout_mask(rows, columns, probability, seed, keep)
     return keep.view(torch.bool)
@@ -77,7 +72,7 @@ def linear_forward(
     batch = input.shape[:-1]
     rows = math.prod(batch)
     save = save and activation != NONE and (activation != RELU or residual is not None)
-    if _forward is None or not _products.fused("forward", input.dtype, rows, features, outputs):
+    if not _products.fused("forward", input.dtype, rows, features, outputs):
         z = torch.nn.functional.linear(input, weight, bias)
         keep = _keep_like(z, seed, dropout_p)
         output = reference_linear.activate(z, activation)
@@ -122,7 +117,7 @@ def linear_backward(
     # With neither of the two the bias is all that is asked for.
     features = input.shape[-1] if input is not None else 1 if weight is None else weight.shape[1]
     dtype = grad_output.dtype
-    if _backward is None or not _products.fused("backward", dtype, rows, features, outputs):
+    if not _products.fused("backward", dtype, rows, features, outputs):
         keep = _keep_like(grad_output, seed, dropout_p)
         z = None if saved is None else saved.view(grad_output.shape)
         return reference_linear.gradients(

@@ -14,6 +14,12 @@ from typing import Any, Literal
 
 from fastseq import _cells
 from fastseq.bench.attention_cases import AttentionCase, AttentionOptions, attention_suite
+from fastseq.bench.transformer_cases import (
+    TRANSFORMER_LAYERS,
+    TransformerCase,
+    TransformerOptions,
+    transformer_suite,
+)
 
 Direction = Literal["inference", "training"]
 
@@ -237,11 +243,16 @@ def _rnn_suite() -> list[Case]:
     return cases
 
 
-AnyCase = Case | AttentionCase
+AnyCase = Case | AttentionCase | TransformerCase
 RNN_SUITE = tuple(_rnn_suite())
 ATTENTION_SUITE = tuple(attention_suite())
-SUITES: dict[str, tuple[AnyCase, ...]] = {"rnn": RNN_SUITE, "attention": ATTENTION_SUITE}
-LAYERS = (*GATES, "attention", "mha")
+TRANSFORMER_SUITE = tuple(transformer_suite())
+SUITES: dict[str, tuple[AnyCase, ...]] = {
+    "rnn": RNN_SUITE,
+    "attention": ATTENTION_SUITE,
+    "transformer": TRANSFORMER_SUITE,
+}
+LAYERS = (*GATES, "attention", "mha", *TRANSFORMER_LAYERS)
 
 
 def from_record(fields: dict[str, Any]) -> AnyCase:
@@ -249,6 +260,8 @@ def from_record(fields: dict[str, Any]) -> AnyCase:
     fields = dict(fields)
     options = dict(fields.pop("options"))
     options["probes"] = tuple(options["probes"])
+    if "depth" in fields:
+        return TransformerCase(**fields, options=TransformerOptions(**options))
     if "Hq" not in fields:
         return Case(**fields, options=CaseOptions(**options))
     if options["window"] is not None:

@@ -26,6 +26,12 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=2.0, help="time for the peers of one case (default 2)"
     )
     run.add_argument("--threads", type=int, help="threads for every peer (default: torch's)")
+    run.add_argument(
+        "--no-compile",
+        dest="compiled",
+        action="store_false",
+        help="suite transformer: leave torch.compile out",
+    )
     run.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     run.set_defaults(action=_run)
 
@@ -75,10 +81,15 @@ def _run(arguments: argparse.Namespace) -> int:
     console.print(f"{record['cpu']}, {record['threads']} threads, {record['isa']} kernels")
     # torch's notice about its own projections would tear the table apart.
     warnings.filterwarnings("ignore", message="LSTM with projections")
-    table = report.new_table()
+    table = report.new_table(arguments.suite)
     results = []
     with Live(table, console=console, auto_refresh=False, vertical_overflow="visible") as live:
-        for result in runner.run(cases, suite=arguments.suite, seconds=arguments.seconds):
+        for result in runner.run(
+            cases,
+            suite=arguments.suite,
+            seconds=arguments.seconds,
+            compiled=arguments.compiled,
+        ):
             results.append(result)
             report.add_row(table, result)
             live.refresh()

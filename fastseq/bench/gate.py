@@ -23,6 +23,7 @@ from fastseq.bench.build import (
     with_data,
 )
 from fastseq.bench.cases import AnyCase, Case
+from fastseq.bench.transformer_cases import TransformerCase
 
 ERROR_RATIO = 1.5
 # Units in the last place of the largest value, allowed on top: at the sizes where torch happens
@@ -120,7 +121,9 @@ def evaluate(
 
 
 def _sum_lengths(case: AnyCase) -> tuple[int, ...]:
-    return (case.I, case.H) if isinstance(case, Case) else (case.E,)
+    if isinstance(case, Case):
+        return case.I, case.H
+    return (case.E, case.F) if isinstance(case, TransformerCase) else (case.E,)
 
 
 def compare(

@@ -13,7 +13,8 @@ import subprocess
 import sys
 from typing import Literal
 
-from fastseq.bench.cases import Case, select
+from fastseq.bench.cases import AnyCase, Case, select
+from fastseq.bench.transformer_cases import TransformerCase
 
 Library = Literal["torch", "fastseq"]
 Question = Literal["peak", "shapes"]
@@ -28,7 +29,7 @@ def available() -> bool:
     return os.access("/proc/self/clear_refs", os.W_OK)
 
 
-def measure(case: Case, library: Library, question: Question, suite: str) -> int:
+def measure(case: AnyCase, library: Library, question: Question, suite: str) -> int:
     """Bytes one library needs, asked of a fresh process.
 
     Args:
@@ -54,18 +55,23 @@ def _status_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no field {field}")
 
 
-def _peak_bytes(case: Case, library: Library) -> int:
+def _peak_bytes(case: Case | TransformerCase, library: Library) -> int:
     import torch
 
-    from fastseq.bench import build
+    from fastseq.bench import build, transformer
 
-    built = build.build(case)
-    layer = built.torch_layer if library == "torch" else built.fastseq_layer
-    # A small call first, so that starting threads and loading code does not count.
-    small = build.build(dataclasses.replace(case, T=2, B=1))
-    with torch.set_grad_enabled(case.direction == "training"):
-        build.layer_call(layer, small)()
+    if isinstance(case, TransformerCase):
+        call = transformer.timed_call(transformer.build(case), library)
+        small = dataclasses.replace(case, B=1, S=16)
+        warm = transformer.timed_call(transformer.build(small), library)
+    else:
+        built = build.build(case)
+        layer = built.torch_layer if library == "torch" else built.fastseq_layer
         call = build.layer_call(layer, built)
+        warm = build.layer_call(layer, build.build(dataclasses.replace(case, T=2, B=1)))
+    with torch.set_grad_enabled(case.direction == "training"):
+        # A small call first, so that starting threads and loading code does not count.
+        warm()
         with open("/proc/self/clear_refs", "w", encoding="ascii") as control:
             control.write("5")  # peak := current
         before = _status_bytes("VmRSS")
@@ -94,12 +100,15 @@ def _shapes_bytes(case: Case, library: Library) -> int:
 def _main(arguments: list[str]) -> None:
     suite, name, library, question = arguments
     case = select(suite, [name])[0]
-    if not isinstance(case, Case):
-        raise SystemExit(f"{name} is no recurrent layer")
     if library not in ("torch", "fastseq"):
         raise SystemExit(f"unknown library {library!r}")
     chosen: Library = "torch" if library == "torch" else "fastseq"
-    answer = _peak_bytes(case, chosen) if question == "peak" else _shapes_bytes(case, chosen)
+    if question == "peak" and isinstance(case, Case | TransformerCase):
+        answer = _peak_bytes(case, chosen)
+    elif isinstance(case, Case):
+        answer = _shapes_bytes(case, chosen)
+    else:
+        raise SystemExit(f"{name} has no answer to {question!r}")
     print(json.dumps({"bytes": answer}))
 
 

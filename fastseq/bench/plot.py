@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastseq.bench.cases import LAYERS
-from fastseq.bench.runner import TORCH, CaseResult
+from fastseq.bench.runner import CaseResult
+from fastseq.bench.transformer_cases import NORMS, STACKS, TransformerCase
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,19 +26,29 @@ _STYLE = (
 )
 
 
-def _labelled(results: Sequence[CaseResult], layer: str) -> dict[str, dict[str, float | None]]:
-    """Speed-ups of one layer by row label, then by direction."""
+# Layers of few cases share a column.
+_SHARED: dict[str, str] = dict.fromkeys(NORMS, "norms") | dict.fromkeys(STACKS, "layers and models")
+_COLUMNS = tuple(dict.fromkeys(_SHARED.get(layer, layer) for layer in LAYERS))
+
+
+def _labelled(results: Sequence[CaseResult], column: str) -> dict[str, dict[str, float | None]]:
+    """Speed-ups of one column's layers by row label, then by direction."""
     rows: dict[str, dict[str, float | None]] = {}
     for result in results:
         case = result.case
         # Denormal numbers slow torch down so much that they would flatten all other bars.
-        if case.layer != layer or case.options.denormal:
+        if _SHARED.get(case.layer, case.layer) != column or case.options.denormal:
             continue
         label = case.shape_label
-        extra = case.options.suffix().strip("-").replace("-", " ")
+        if case.layer in _SHARED:
+            label = f"{case.layer.replace('_', ' ')} {label}"
+        if isinstance(case, TransformerCase):
+            extra = case.words.replace(",", "")
+        else:
+            extra = case.options.suffix().strip("-").replace("-", " ")
         if extra:
             label += f"\n{extra}"
-        rows.setdefault(label, {})[case.direction] = result.speedup(TORCH)
+        rows.setdefault(label, {})[case.direction] = result.torch_speedup()
     return rows
 
 
@@ -76,7 +87,7 @@ def _finish(axes: Axes, layer: str, limits: tuple[float, float]) -> None:
 
     axes.set_xscale("log")
     axes.set_xlim(*limits)
-    ticks = [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if limits[0] <= t <= limits[1]]
+    ticks = [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if limits[0] <= t <= limits[1]]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
@@ -99,7 +110,7 @@ def draw(results: Sequence[CaseResult], machine: dict[str, Any], path: Path) -> 
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    groups = {layer: rows for layer in LAYERS if (rows := _labelled(results, layer))}
+    groups = {column: rows for column in _COLUMNS if (rows := _labelled(results, column))}
     speedups = [s for rows in groups.values() for row in rows.values() for s in row.values() if s]
     if not speedups:
         raise ValueError("no case was timed, there is nothing to draw")
@@ -117,8 +128,11 @@ def draw(results: Sequence[CaseResult], machine: dict[str, Any], path: Path) -> 
     figure.legend(
         handles=handles, loc="outside lower center", ncols=3, frameon=False, labelcolor=_INK
     )
+    peer = "torch"
+    if any(isinstance(result.case, TransformerCase) for result in results):
+        peer = "torch, eager or compiled, whichever is faster"
     figure.suptitle(
-        f"Speed-up over torch, {machine['threads']} threads, {machine['cpu']}",
+        f"Speed-up over {peer}, {machine['threads']} threads, {machine['cpu']}",
         color=_INK,
         fontsize=9,
     )

@@ -11,6 +11,7 @@ import torch
 
 from fastseq.bench import memory
 from fastseq.bench.build import BuiltCase, build, input_tensor, layer_call
+from fastseq.bench.cases import AnyCase
 from fastseq.bench.timing import interleave
 
 _NEW_SHAPES = 15
@@ -52,11 +53,16 @@ def shape_sweep(built: BuiltCase, suite: str, seconds: float) -> dict[str, float
 
 def peak_memory(built: BuiltCase, suite: str, seconds: float) -> dict[str, float]:
     """Peak memory of one training step, ours and torch's."""
+    return peak_memory_of(built.case, suite)
+
+
+def peak_memory_of(case: AnyCase, suite: str) -> dict[str, float]:
+    """Peak memory of one training step of any case of a suite, ours and torch's."""
     if not memory.available():
         raise ProbeSkippedError("reading a process's memory needs Linux")
     return {
-        "peak_memory_bytes": memory.measure(built.case, "fastseq", "peak", suite),
-        "peak_memory_bytes_torch": memory.measure(built.case, "torch", "peak", suite),
+        "peak_memory_bytes": memory.measure(case, "fastseq", "peak", suite),
+        "peak_memory_bytes_torch": memory.measure(case, "torch", "peak", suite),
     }
 
 
@@ -99,33 +105,41 @@ def _ordinary_state(built: BuiltCase) -> torch.Tensor | tuple[torch.Tensor, torc
 _READ_BYTES = 256 << 20  # beyond any cache
 
 
-def read_bandwidth() -> float:
-    """Bytes per second at which all threads together read memory, by summing a large array."""
-    values = torch.zeros(_READ_BYTES // 4)
+def read_bandwidth(size: int = _READ_BYTES) -> float:
+    """Bytes per second at which all threads together read an array, by summing it.
+
+    Args:
+        size: Of the array in bytes; by default beyond any cache.
+    """
+    values = torch.zeros(size // 4)
     times = []
     for _ in range(7):
         start = perf_counter()
         values.sum()
         times.append(perf_counter() - start)
-    return _READ_BYTES / statistics.median(times[1:])
+    return size / statistics.median(times[1:])
 
 
-def copy_bandwidth(bytes_moved: int = _READ_BYTES) -> float:
-    """Bytes per second, read and written together, at which all threads copy an array.
+def copy_bandwidth(call: Callable[[], object], traffic: int, seconds: float) -> dict[str, float]:
+    """Time of a copy over that of a call with as much traffic; they are timed in turns.
+
+    The copy reads half the bytes and writes the other half, so that it fits the same caches. It
+    is taken twice: onto an array that exists, which is what memory can do at best, and into a new
+    one, whose pages the system has to hand out first, as it has for every result of a function.
 
     Args:
-        bytes_moved: of the two arrays together; fewer than the caches hold measure the caches.
+        call: What to hold against the copy.
+        traffic: Bytes that the call reads and writes.
+        seconds: Time to spend.
     """
-    source = torch.zeros(max(bytes_moved // 8, 1))
+    source = torch.zeros(max(1, traffic // 8))
     target = torch.empty_like(source)
-    calls = max(1, (8 << 20) // bytes_moved)
-    times = []
-    for _ in range(15):
-        start = perf_counter()
-        for _ in range(calls):
-            target.copy_(source)
-        times.append((perf_counter() - start) / calls)
-    return 2 * source.nbytes / statistics.median(times[1:])
+    copies = {"copy": lambda: target.copy_(source), "clone": source.clone}
+    timings = interleave({**copies, "call": call}, seconds=seconds)
+    return {
+        f"share_of_{name}_bandwidth": timings[name].median_s / timings["call"].median_s
+        for name in copies
+    }
 
 
 PROBES: dict[str, Callable[[BuiltCase, str, float], dict[str, float]]] = {

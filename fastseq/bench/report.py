@@ -10,10 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastseq.bench.attention_cases import AttentionCase
 from fastseq.bench.cases import GATES, LAYERS, Case, from_record
 from fastseq.bench.gate import GateResult, TensorError
-from fastseq.bench.runner import ONNX, OURS, OURS_FUNCTIONAL, TORCH, CaseResult
+from fastseq.bench.runner import COMPILED, ONNX, OURS, OURS_FUNCTIONAL, TORCH, CaseResult
 from fastseq.bench.timing import Timing
+from fastseq.bench.transformer_cases import TransformerCase
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,6 +36,7 @@ def to_json(results: Sequence[CaseResult], machine: dict[str, Any], suite: str) 
             "gflops": {peer: result.gflops(peer) for peer in result.timings},
             "share_of_fma_peak": result.share_of_peak(),
             "speedup_over_torch": result.speedup(TORCH),
+            "speedup_over_torch_compile": result.speedup(COMPILED),
             "speedup_over_onnxruntime": result.onnx_speedup(),
         }
         records.append(record)
@@ -86,13 +89,14 @@ def _spread(timing: Timing) -> str:
     return f"{format_seconds(timing.median_s)} ±{half:.0%}"
 
 
-def new_table() -> Table:
-    """An empty table for ``add_row``."""
+def new_table(suite: str = "rnn") -> Table:
+    """An empty table for ``add_row``; the suite decides on the second peer."""
     from rich.table import Table
 
+    other = "vs compiled" if suite == "transformer" else "vs onnxruntime"
     table = Table(title="median ± half the quartile range; more than 1x is faster than the peer")
     table.add_column("case", no_wrap=True)
-    for heading in ("torch", "fastseq", "vs torch", "vs onnxruntime", "GFLOP/s", "of FMA peak"):
+    for heading in ("torch", "fastseq", "vs torch", other, "GFLOP/s", "of FMA peak"):
         table.add_column(heading, justify="right")
     table.add_column("gate")
     return table
@@ -110,11 +114,17 @@ def add_row(table: Table, result: CaseResult) -> None:
         _spread(result.timings[TORCH]),
         _spread(result.timings[OURS]),
         _coloured(result.speedup(TORCH)),
-        _coloured(result.onnx_speedup()),
+        _coloured(_second_speedup(result)),
         NOTHING if rate is None else f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}",
         NOTHING if share is None else f"{share:.0%}",
         "passed",
     )
+
+
+def _second_speedup(result: CaseResult) -> float | None:
+    if isinstance(result.case, TransformerCase):
+        return result.speedup(COMPILED)
+    return result.onnx_speedup()
 
 
 def _coloured(ratio: float | None) -> str:
@@ -144,7 +154,7 @@ def notes(results: Sequence[CaseResult]) -> list[str]:
                 for result in results
                 if (result.case.layer, result.case.direction) == (layer, direction)
                 and result.case.plain
-                and (ratio := result.speedup(TORCH)) is not None
+                and (ratio := result.torch_speedup()) is not None
             ]
             if len(ratios) > 1:
                 mean, worst = statistics.geometric_mean(ratios), min(ratios)
@@ -184,7 +194,7 @@ def _readme_attention(results: Sequence[CaseResult]) -> str:
     by_key: dict[tuple[str, str], dict[str, CaseResult]] = {}
     for result in results:
         case = result.case
-        if not isinstance(case, Case):
+        if isinstance(case, AttentionCase):
             words = case.options.suffix().strip("-").replace("-", ", ") or "full"
             label = f"{words}, module" if case.layer == "mha" else words
             by_key.setdefault((case.shape_label, label), {})[case.direction] = result
@@ -193,6 +203,47 @@ def _readme_attention(results: Sequence[CaseResult]) -> str:
         cells = [_readme_cell(found.get(direction)) for direction in ("inference", "training")]
         lines.append(f"| {shape} | {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _readme_transformer(results: Sequence[CaseResult]) -> str:
+    """The Transformer and its parts, a line for every shape, a column for each direction."""
+    by_key: dict[tuple[str, str, str], dict[str, CaseResult]] = {}
+    for result in results:
+        case = result.case
+        if isinstance(case, TransformerCase):
+            layer = case.layer.replace("_", " ")
+            by_key.setdefault((layer, case.shape_label, case.words), {})[case.direction] = result
+    lines = ["| case | shape | options | inference | training |", "|---|---|---|---|---|"]
+    for (layer, shape, words), found in by_key.items():
+        cells = [_transformer_cell(found.get(d)) for d in ("inference", "training")]
+        lines.append(f"| {layer} | {shape} | {words or NOTHING} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _transformer_cell(result: CaseResult | None) -> str:
+    """Time, speed-up over either form of torch, and how near the hardware's limit we are."""
+    if result is None:
+        return NOTHING
+    eager, compiled = result.speedup(TORCH), result.speedup(COMPILED)
+    slowest = result.torch_speedup()
+    if eager is None or slowest is None:
+        return "gate failed"
+    shown = NOTHING if compiled is None else f"{compiled:.2f}x"
+    text = f"{format_seconds(result.timings[OURS].median_s)} ({eager:.2f}x, {shown})"
+    if slowest < 1:
+        text = f"**{text}**"
+    notes = []
+    for probe in ("copy", "clone", "read"):
+        share = result.probes.get(f"share_of_{probe}_bandwidth")
+        if share is not None:
+            notes.append(f"{share:.0%} of {probe}")
+    share = result.share_of_peak()
+    if share is not None and result.case.layer == "linear":
+        notes.append(f"{share:.0%} of peak")
+    if "peak_memory_bytes" in result.probes:
+        ratio = result.probes["peak_memory_bytes"] / result.probes["peak_memory_bytes_torch"]
+        notes.append(f"memory {ratio:.2f}x")
+    return ", ".join([text, *notes])
 
 
 def _readme_cell(result: CaseResult | None) -> str:
@@ -219,7 +270,7 @@ def _readme_machine(machine: dict[str, Any]) -> str:
 def fill_markers(text: str, results: Sequence[CaseResult], machine: dict[str, Any]) -> str:
     """Replace what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->``.
 
-    Markers of the other suite stay as they are: a document may show both.
+    Markers of other suites stay as they are: a document may show all.
 
     Raises:
         ValueError: The text has no marker, or one with an unknown name.
@@ -233,12 +284,24 @@ def fill_markers(text: str, results: Sequence[CaseResult], machine: dict[str, An
         "attention": lambda: _readme_attention(results),
         "attention_machine": lambda: _readme_machine(machine),
     }
-    shown = recurrent if any(isinstance(r.case, Case) for r in results) else attention
+    transformer: dict[str, Callable[[], str]] = {
+        "transformer": lambda: _readme_transformer(results),
+        "transformer_machine": lambda: _readme_machine(machine),
+    }
+    every = recurrent | attention | transformer
+    shown: dict[str, Callable[[], str]] = {}
+    for kind, names in (
+        (Case, recurrent),
+        (AttentionCase, attention),
+        (TransformerCase, transformer),
+    ):
+        if any(isinstance(result.case, kind) for result in results):
+            shown |= names
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
-        if name not in recurrent | attention:
-            known = ", ".join(recurrent | attention)
+        if name not in every:
+            known = ", ".join(every)
             raise ValueError(f"unknown marker bench:{name}; known: {known}")
         if name not in shown:
             return match[0]

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from fastseq._config import fma_peak_gflops
-from fastseq.bench import attention, onnx_peer
+from fastseq.bench import attention, generation, onnx_peer, transformer
 from fastseq.bench.build import BuiltCase, build, functional_call, layer_call
 from fastseq.bench.cases import AnyCase, Case
+from fastseq.bench.compiled import CompileSkippedError, compiled_call
 from fastseq.bench.gate import GateResult, check, check_output
-from fastseq.bench.probes import PROBES, ProbeSkippedError, read_bandwidth
+from fastseq.bench.probes import (
+    PROBES,
+    ProbeSkippedError,
+    copy_bandwidth,
+    peak_memory_of,
+    read_bandwidth,
+)
 from fastseq.bench.timing import Timing, interleave
+from fastseq.bench.transformer_cases import ELEMENT_BYTES, TransformerCase
 
 OURS = "fastseq"
 OURS_FUNCTIONAL = "fastseq.functional"
 TORCH = "torch"
+COMPILED = "torch.compile"
 ONNX = "onnxruntime"
 
 
@@ -47,6 +57,11 @@ class CaseResult:
             return None
         return self.timings[peer].median_s / self.timings[ours].median_s
 
+    def torch_speedup(self) -> float | None:
+        """Speed-up over torch, eager or compiled, whichever is faster here."""
+        found = [r for peer in (TORCH, COMPILED) if (r := self.speedup(peer)) is not None]
+        return min(found, default=None)
+
     def onnx_speedup(self) -> float | None:
         """Speed-up over onnxruntime, from the entry that is compared with it.
 
@@ -56,8 +71,8 @@ class CaseResult:
         return self.speedup(ONNX, OURS_FUNCTIONAL if self.case.streaming else OURS)
 
     def gflops(self, peer: str = OURS) -> float | None:
-        """Arithmetic rate of a peer."""
-        if peer not in self.timings:
+        """Arithmetic rate of a peer; None for what has no matrix product."""
+        if peer not in self.timings or not self.case.flops():
             return None
         return self.case.flops() / self.timings[peer].median_s / 1e9
 
@@ -98,14 +113,19 @@ def peer_calls(built: BuiltCase, result: CaseResult) -> dict[str, Callable[[], o
     return calls
 
 
-def run_case(case: AnyCase, *, suite: str = "rnn", seconds: float = 2.0) -> CaseResult:
+def run_case(
+    case: AnyCase, *, suite: str = "rnn", seconds: float = 2.0, compiled: bool = True
+) -> CaseResult:
     """Check a case and, if it is right, time it.
 
     Args:
         case: What to run.
         suite: The suite that holds it; probes that start a process name the case by it.
         seconds: Time to spend on timing all peers, and on each probe that times.
+        compiled: Whether ``torch.compile`` is one of the peers, in the suites that have it.
     """
+    if isinstance(case, TransformerCase):
+        return _run_transformer(case, suite, seconds, compiled)
     if not isinstance(case, Case):
         built_attention = attention.build(case)
         result = CaseResult(case, attention.check(built_attention))
@@ -133,15 +153,59 @@ def run_case(case: AnyCase, *, suite: str = "rnn", seconds: float = 2.0) -> Case
     return result
 
 
-def _time(result: CaseResult, calls: dict[str, Callable[[], object]], seconds: float) -> None:
+def _run_transformer(
+    case: TransformerCase, suite: str, seconds: float, compiled: bool
+) -> CaseResult:
+    making: Any = generation if case.layer == "generation" else transformer
+    built = making.build(case)
+    result = CaseResult(case, making.check(built))
+    if not result.gate.passed:
+        return result
+    calls: dict[str, Callable[[], object]] = {
+        TORCH: making.timed_call(built, "torch"),
+        OURS: making.timed_call(built, "fastseq"),
+    }
+    with torch.set_grad_enabled(case.direction == "training"):
+        if compiled:
+            try:
+                calls[COMPILED] = compiled_call(
+                    built.callees["torch"],
+                    lambda callee: making.timed_call(built, "torch", callee),
+                    dynamic=True if making is generation else None,
+                )
+            except CompileSkippedError as error:
+                result.skipped[COMPILED] = str(error)
+        # One call of torch's generation takes seconds.
+        _time(result, calls, seconds, minimum_visits=3 if making is generation else 7)
+        probes = case.options.probes
+        if "copy_bandwidth" in probes:
+            result.probes |= copy_bandwidth(calls[OURS], case.bytes(), seconds)
+    if "read_bandwidth" in probes:
+        rate = case.bytes() / result.timings[OURS].median_s
+        weights = case.weight_elements() * ELEMENT_BYTES[case.dtype]
+        result.probes["share_of_read_bandwidth"] = rate / read_bandwidth(weights)
+    if "peak_memory" in probes:
+        try:
+            result.probes |= peak_memory_of(case, suite)
+        except ProbeSkippedError as error:
+            result.skipped["peak_memory"] = str(error)
+    return result
+
+
+def _time(
+    result: CaseResult,
+    calls: dict[str, Callable[[], object]],
+    seconds: float,
+    minimum_visits: int = 7,
+) -> None:
     result.fma_peak_gflops = fma_peak_gflops(result.case.dtype)
     with torch.set_grad_enabled(result.case.direction == "training"):
-        result.timings = interleave(calls, seconds=seconds)
+        result.timings = interleave(calls, seconds=seconds, minimum_visits=minimum_visits)
 
 
 def run(
-    cases: Iterable[AnyCase], *, suite: str = "rnn", seconds: float = 2.0
+    cases: Iterable[AnyCase], *, suite: str = "rnn", seconds: float = 2.0, compiled: bool = True
 ) -> Iterator[CaseResult]:
     """Run cases one after another, giving out each result as it is ready."""
     for case in cases:
-        yield run_case(case, suite=suite, seconds=seconds)
+        yield run_case(case, suite=suite, seconds=seconds, compiled=compiled)

@@ -64,7 +64,7 @@ def beam_search(steps: Steps, prompt: Tensor, ends: Ends, strategy: Beam) -> tup
         gains = torch.log_softmax(widened(logits), -1).view(batch, n, vocabulary)
         given = (position < starts).unsqueeze(1)
         if ends.lengths is not None and position < width:
-            token = tokens[:, :, position].masked_fill(~given, 0)
+            token = tokens[:, :, position].masked_fill(~given, 0).long()
             only = torch.full_like(gains, _NEVER).scatter(2, token.unsqueeze(2), 0)
             gains = torch.where(given.unsqueeze(2), only, gains)
 

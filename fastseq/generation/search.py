@@ -135,8 +135,9 @@ def extend(
     batch, width = prompt.shape
     scores = torch.zeros(batch, device=prompt.device)
     stops = ends.limits(prompt)
-    # At B = 1 every operation counts, so what rows need that stop by themselves is done for these.
-    may_stop = bool(ends.eos) or ends.lengths is not None
+    # A single row stops with the loop. There every operation counts, so it is spared what a batch
+    # needs of which rows stop one after the other.
+    may_stop = batch > 1 and (bool(ends.eos) or ends.lengths is not None)
     for position in range(first, tokens.size(1)):
         logits = steps(tokens, position)
         choice = choose(logits, strategy, generator)
@@ -152,6 +153,9 @@ def extend(
             gain = likely.squeeze(-1)
             scores = scores + (gain if extended is None else gain.masked_fill(~extended, 0))
         tokens[:, position] = choice
+        if batch == 1 and ends.eos and int(choice) in ends.eos:
+            stops.fill_(position + 1)
+            break
         if extended is not None:
             if ends.eos:
                 stops = stops.masked_fill(ends.is_end(choice) & extended, position + 1)

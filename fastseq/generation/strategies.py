@@ -130,15 +130,21 @@ def choose(
     if strategy.top_k is None and strategy.top_p is None:
         return torch.multinomial(torch.softmax(scaled, -1), 1, generator=generator).squeeze(-1)
 
-    # Sorted by probability while candidates are cut off, but drawn in the order of the vocabulary:
-    # in sorted order one rounding error that swaps two neighbours would draw another token.
-    values, indices = scaled.topk(min(strategy.top_k or scaled.size(-1), scaled.size(-1)))
+    if strategy.top_k is None:
+        values, indices = scaled.sort(-1, descending=True)
+    else:
+        values, indices = scaled.topk(min(strategy.top_k, scaled.size(-1)))
     probabilities = torch.softmax(values, -1)
     if strategy.top_p is not None:
         before = probabilities.cumsum(-1) - probabilities
         # Never the first: rounding aside, what comes before it is 0.
         before[..., 0] = 0
         probabilities = probabilities.masked_fill(before >= strategy.top_p, 0)
+    # Drawn in the order of the vocabulary: in the sorted one, a rounding error that swaps two
+    # neighbours would draw another token from the same random numbers.
+    if strategy.top_k is None:
+        probabilities = torch.empty_like(scaled).scatter_(-1, indices, probabilities)
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
     indices, order = indices.sort(-1)
     drawn = torch.multinomial(probabilities.gather(-1, order), 1, generator=generator)
     return indices.gather(-1, drawn).squeeze(-1)

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fastseq import _ops, functional
+from fastseq._linear import ACTIVATIONS
 from fastseq._ops.shared import PLAIN_TYPES, is_watched
-from fastseq.functional import linear
+from fastseq.functional import layer_norm, linear
 from fastseq.nn import _attention_arguments as arguments
 from fastseq.nn import _transformer_parts as parts
 from fastseq.nn.attention import MultiheadAttention
 from fastseq.nn.decoder_cache import DecoderCache, DecoderLayerCache
+from fastseq.nn.norm import LayerNorm
 
 if TYPE_CHECKING:
     from fastseq.nn.transformer_decoder import TransformerDecoderLayer
@@ -163,48 +165,135 @@ def _step(
     layer: TransformerDecoderLayer, x: Tensor, padding: Tensor | None, cache: DecoderLayerCache
 ) -> Tensor:
     """The shortest way, because at one position per call the way is most of the time."""
+    # Past the slow attribute look-up of modules throughout.
     modules: dict[str, Any] = layer._modules
     first, attention = layer.norm_first, modules["self_attn"]
-    heads, size = attention.num_heads, attention.head_dim
+    heads, size, batch_first = attention.num_heads, attention.head_dim, attention.batch_first
     shape = x.shape
-    batch, steps = shape[:2] if attention.batch_first else (shape[1], shape[0])
-    normed = modules["norm1"](x) if first else x
+    batch, steps = shape[:2] if batch_first else (shape[1], shape[0])
     weights = attention._parameters
+    if steps == 1 and padding is None:
+        done = _one_position(layer, x, batch, cache)
+        if done is not None:
+            return done
+    normed = _norm(modules["norm1"], x) if first else x
     projected = linear(normed, weights["in_proj_weight"], weights["in_proj_bias"])
-    parts_shape = (*shape[:2], 3, heads, size)
     if steps == 1:
         # (B, 3, H, 1, size) whichever dimension comes first.
         split = projected.view(batch, 3, heads, 1, size)
-    elif attention.batch_first:
-        split = projected.view(parts_shape).permute(0, 2, 3, 1, 4)
     else:
-        split = projected.view(parts_shape).permute(1, 2, 3, 0, 4)
+        split = projected.view(*shape[:2], 3, heads, size)
+        split = split.permute(0, 2, 3, 1, 4) if batch_first else split.permute(1, 2, 3, 0, 4)
     query, key, value = split.unbind(1)
     keys, values = cache.self_attention._append_next(key, value)
     x = _attend(query, keys, values, None, steps > 1, attention, x)
     if not first:
-        x = modules["norm1"](x)
+        x = _norm(modules["norm1"], x)
     if layer.cross_attention:
         attention = modules["multihead_attn"]
-        normed = modules["norm2"](x) if first else x
-        projected = attention._project_query(normed)
+        weights, features = attention._parameters, attention.embed_dim
+        weight, bias = weights["in_proj_weight"], weights["in_proj_bias"]
+        normed = _norm(modules["norm2"], x) if first else x
+        projected = linear(
+            normed,
+            weight.narrow(0, 0, features),
+            None if bias is None else bias.narrow(0, 0, features),
+        )
         if steps == 1:
             query = projected.view(batch, heads, 1, size)
         else:
             query = attention._split_heads(projected, True)
-        assert cache.memory_keys is not None
-        assert cache.memory_values is not None
-        if query.size(0) != cache.memory_keys.size(0):
+        keys, values = cast(Tensor, cache.memory_keys), cast(Tensor, cache.memory_values)
+        if batch != keys.size(0):
             raise RuntimeError(
                 "tgt must have the batch size of the memory in cache: "
-                f"expected {cache.memory_keys.size(0)}, got {query.size(0)}"
+                f"expected {keys.size(0)}, got {batch}"
             )
-        x = _attend(query, cache.memory_keys, cache.memory_values, padding, False, attention, x)
+        x = _attend(query, keys, values, padding, False, attention, x)
         if not first:
-            x = modules["norm2"](x)
-    if first:
-        return parts.feed_forward(layer, modules["norm3"](x), x, 0.0)
-    return modules["norm3"](parts.feed_forward(layer, x, x, 0.0))
+            x = _norm(modules["norm2"], x)
+    normed = _norm(modules["norm3"], x) if first else x
+    inner, outer = modules["linear1"]._parameters, modules["linear2"]._parameters
+    activation = parts.fused_activation(layer.activation)
+    hidden = linear(normed, inner["weight"], inner["bias"], activation)
+    if activation is None:
+        hidden = layer.activation(hidden)
+    x = linear(hidden, outer["weight"], outer["bias"], None, x)
+    return x if first else _norm(modules["norm3"], x)
+
+
+def _one_position(
+    layer: TransformerDecoderLayer, x: Tensor, batch: int, cache: DecoderLayerCache
+) -> Tensor | None:
+    """:func:`_step` for one position, all in one call of the kernels' side; ``None`` if not so."""
+    modules: dict[str, Any] = layer._modules
+    activation = parts.fused_activation(layer.activation)
+    own = cache.self_attention
+    keys, values = own._keys, own._values
+    if activation is None or keys is None or values is None or own._frozen(keys):
+        return None
+    norms = []
+    for name in ("norm1", "norm2", "norm3"):
+        norm = modules.get(name)
+        if norm is None:
+            norms.append((None, None, 0.0))
+            continue
+        if not _is_plain_norm(norm):
+            return None
+        options = norm._parameters
+        norms.append((options["weight"], options["bias"], norm.eps))
+    output = _ops.plain_decoder_step(
+        x,
+        batch,
+        modules["self_attn"].num_heads,
+        layer.norm_first,
+        ACTIVATIONS[activation],
+        _projections(modules["self_attn"]),
+        (*_weights(modules["linear1"]), *_weights(modules["linear2"])),
+        tuple(norms),
+        keys,
+        values,
+        own._length,
+        _projections(modules["multihead_attn"]) if layer.cross_attention else None,
+        cache.memory_keys,
+        cache.memory_values,
+    )
+    if output is not None:
+        own._length += 1
+    return output
+
+
+def _weights(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    options = module._parameters
+    return options["weight"], options["bias"]
+
+
+def _projections(attention: Any) -> tuple[Tensor | None, ...]:
+    options = attention._parameters
+    out = _weights(attention._modules["out_proj"])
+    return options["in_proj_weight"], options["in_proj_bias"], *out
+
+
+def _is_plain_norm(module: nn.Module) -> bool:
+    return (
+        type(module) is LayerNorm
+        and not parts.is_hooked(module)
+        and "forward" not in module.__dict__
+        and len(module._parameters) == 2
+        and module._parameters["weight"] is not None
+    )
+
+
+def _norm(module: nn.Module, input: Tensor) -> Tensor:
+    """``module(input)``."""
+    if type(module) is not LayerNorm or parts.is_hooked(module) or "forward" in module.__dict__:
+        return module(input)
+    weights: dict[str, Any] = module._parameters
+    if len(weights) < 2:
+        return module(input)
+    return layer_norm(
+        input, module.normalized_shape, weights["weight"], weights["bias"], module.eps
+    )
 
 
 def _attend(
@@ -224,7 +313,7 @@ def _attend(
         attended = functional.attention(
             query, keys, values, causal=causal, bottom_right=causal, key_padding_mask=padding
         )
-    if attended.size(2) == 1:
+    if query.size(2) == 1:
         merged = attended.view(residual.shape)
     else:
         merged = attention._merge_heads(attended, True)

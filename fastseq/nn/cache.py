@@ -99,10 +99,11 @@ class KeyValueCache:
             or self._frozen(keys)
         ):
             return self.append(key, value)
+        keys, values = keys.narrow(2, 0, end), values.narrow(2, 0, end)
         keys.narrow(2, start, steps).copy_(key)
         values.narrow(2, start, steps).copy_(value)
         self._length = end
-        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+        return keys, values
 
     def reset(self) -> None:
         """Forget all positions; the memory is kept for the next sequence of the same shape."""
