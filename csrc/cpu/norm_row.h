@@ -92,6 +92,15 @@ FS_INLINE T* row_of(const fastseq_matrix& matrix, int64_t row) {
   return matrix.data ? (T*)matrix.data + row * matrix.row_stride : nullptr;
 }
 
+// Results of some megabytes are often memory that was never written: a fault per small page would take longer than the norm.
+template <class T>
+FS_INLINE void expect_writes(const fastseq_matrix& matrix, const fastseq_norm_shape& shape) {
+  constexpr int64_t worthwhile_bytes = 4 << 20;
+  int64_t bytes = shape.rows * shape.features * (int64_t)sizeof(T);
+  if (matrix.data && bytes >= worthwhile_bytes && matrix.row_stride == shape.features)
+    fastseq_prefer_huge_pages(matrix.data, (size_t)bytes);
+}
+
 // One thread for what it does in less time than another takes to wake up.
 FS_INLINE int64_t norm_threads(const fastseq_norm_shape& shape) {
   constexpr int64_t elements_per_thread = 16384;
