@@ -52,7 +52,7 @@ FS_INLINE NormalDistribution<T> normal_distribution(Vec<T> x) {
   Vec<T> t = (Vec<T>)((IntVec<T>)x & ~(IntVec<T>)broadcast<T>(T(-0.0)));
   t = t > farthest ? farthest : t;  // a NaN stays
   Vec<T> square = t * t;
-  Vec<T> square_error = fused_multiply_add(t, t, -square);
+  Vec<T> square_error = product_error<T>(t, t, square);
   Vec<T> half = broadcast<T>(T(-0.5));
   Vec<T> argument = square * half, underflow = broadcast<T>(ExpConstants<T>::underflow);
   ReducedExp<T> reduced = reduce_exp<T>(at_least(argument, underflow), square_error * half);
@@ -62,7 +62,8 @@ FS_INLINE NormalDistribution<T> normal_distribution(Vec<T> x) {
   // 1 / (t + 4) = inverse (1 + residual), with the rounding error of the sum as well.
   Vec<T> sum = t + four, part = sum - t, sum_error = (t - (sum - part)) + (four - part);
   Vec<T> inverse = one / sum;
-  Vec<T> residual = fused_negate_multiply_add(sum_error, inverse, fused_negate_multiply_add(sum, inverse, one));
+  Vec<T> product = sum * inverse;
+  Vec<T> residual = ((one - product) - product_error<T>(sum, inverse, product)) - sum_error * inverse;
   // q = 1 - 8 / (t + 4), and what its rounding takes from S: the slope times that, from the first terms.
   Vec<T> eight = broadcast<T>(8), eighth = eight * inverse;
   Vec<T> q = one - eighth;

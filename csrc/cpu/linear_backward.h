@@ -65,6 +65,8 @@ struct LinearBackward {
 
   int run() {
     if (!shape.rows || !shape.inputs || !shape.outputs) return run_empty_sum();
+    expect_writes<T>(call.grad_x, shape.rows, shape.inputs);
+    expect_writes<T>({call.grad_weight, shape.inputs}, shape.outputs, shape.inputs);
     int threads = linear_threads(shape.rows, shape.inputs, shape.outputs, shape.threads);
     Arena arena{nullptr};
     lay_out(arena, threads);

@@ -9,6 +9,7 @@
 
 #include "activation.h"
 #include "dropout.h"
+#include "matrix.h"
 #include "pack.h"
 
 namespace fastseq::FS_ISA {
@@ -20,11 +21,6 @@ inline constexpr int64_t worth_a_thread = 1 << 17;
 FS_INLINE int linear_threads(int64_t rows, int64_t inputs, int64_t outputs, int threads) {
   double products = (double)rows * (double)inputs * (double)outputs;
   return products < (double)worth_a_thread ? 1 : threads;
-}
-
-template <class T>
-FS_INLINE T* at(const fastseq_matrix& matrix, int64_t row, int64_t column) {
-  return (T*)matrix.data + row * matrix.row_stride + column;
 }
 
 // What happens to complete sums on their way out, one dropout_group of columns of a few rows at a time.
@@ -110,6 +106,8 @@ struct LinearForward {
 
   int run() {
     if (!shape.rows || !shape.outputs) return FASTSEQ_OK;
+    expect_writes<T>(call.output, shape.rows, shape.outputs);
+    expect_writes<T>({call.pre_activation, shape.outputs}, shape.rows, shape.outputs);
     if (!depth) return run_empty_sum();
     if (shape.rows <= few_rows) return run_few();
     // Packing W costs a pass over O x K, the other way over M x K and M x O.

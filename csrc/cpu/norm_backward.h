@@ -42,8 +42,8 @@ struct NormBackward {
 
   int run() {
     if (features == 0 || (shape.rows == 0 && !wants_parameters)) return FASTSEQ_OK;
-    expect_writes<T>(call.grad_x, shape);
-    expect_writes<T>(call.grad_input, shape);
+    expect_writes<T>(call.grad_x, shape.rows, shape.features);
+    expect_writes<T>(call.grad_input, shape.rows, shape.features);
     int threads = (int)minimum(norm_threads(shape), maximum(blocks, 1));
     Arena arena{nullptr};
     lay_out(arena);

@@ -29,8 +29,8 @@ struct NormForward {
 
   int run() {
     if (shape.rows == 0 || features == 0) return FASTSEQ_OK;
-    expect_writes<T>(call.output, shape);
-    expect_writes<T>(call.sum, shape);
+    expect_writes<T>(call.output, shape.rows, shape.features);
+    expect_writes<T>(call.sum, shape.rows, shape.features);
     int threads = (int)norm_threads(shape);
     Arena arena{nullptr};
     lay_out(arena, threads);

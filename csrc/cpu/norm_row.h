@@ -5,6 +5,7 @@
 #pragma once
 
 #include "dropout.h"
+#include "matrix.h"
 
 namespace fastseq::FS_ISA {
 namespace {
@@ -90,15 +91,6 @@ FS_INLINE double square_root(double value) { return __builtin_sqrt(value); }
 template <class T>
 FS_INLINE T* row_of(const fastseq_matrix& matrix, int64_t row) {
   return matrix.data ? (T*)matrix.data + row * matrix.row_stride : nullptr;
-}
-
-// Results of some megabytes are often memory that was never written: a fault per small page would take longer than the norm.
-template <class T>
-FS_INLINE void expect_writes(const fastseq_matrix& matrix, const fastseq_norm_shape& shape) {
-  constexpr int64_t worthwhile_bytes = 4 << 20;
-  int64_t bytes = shape.rows * shape.features * (int64_t)sizeof(T);
-  if (matrix.data && bytes >= worthwhile_bytes && matrix.row_stride == shape.features)
-    fastseq_prefer_huge_pages(matrix.data, (size_t)bytes);
 }
 
 // One thread for what it does in less time than another takes to wake up.
