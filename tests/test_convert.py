@@ -20,6 +20,11 @@ from fastseq.convert import REGISTRY, Report
 
 PAIRS = list(REGISTRY.items())
 IDS = [plain.__name__ for plain, _ in PAIRS]
+# What is made of layers, and of which.
+STACKED = {
+    nn.TransformerEncoder: nn.TransformerEncoderLayer,
+    nn.TransformerDecoder: nn.TransformerDecoderLayer,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -71,11 +76,12 @@ def test_nested_layers_are_swapped_in_place() -> None:
 
 @pytest.mark.parametrize(("plain", "fast"), PAIRS, ids=IDS)
 def test_root_and_back(plain: type[nn.Module], fast: type[nn.Module]) -> None:
-    model = plain(4, 4)
+    model = plain(STACKED[plain](4, 4), 2) if plain in STACKED else plain(4, 4)
     report = convert(model)
     assert report.model is model
     assert type(model) is fast
-    assert statuses(report) == {"": "converted"}
+    assert statuses(report)[""] == "converted"
+    assert set(statuses(report).values()) == {"converted"}, "parts as well"
     assert not list(convert(model)), "nothing is left to convert"
     fastseq.revert(model)
     assert type(model) is plain
