@@ -352,6 +352,6 @@ def test_the_schema_is_closed() -> None:
     """These ops are all that is registered; another one belongs into these tests."""
     assert _ops.library._op_defs == {
         f"fastseq::{stem}_{direction}"
-        for stem in ("rnn", "attention")
+        for stem in ("rnn", "attention", "linear", "norm")
         for direction in ("forward", "backward")
     }
