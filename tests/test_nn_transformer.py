@@ -313,9 +313,11 @@ def test_dropout_statistics(kind: str) -> None:
         assert len(output[:, 0, 0].unique()) > rows / 4, "rows must not share their masks"
         found.append((output.mean(0), output.std(0)))
     (mean, spread), (our_mean, our_spread) = found
+    # Five standard errors of the difference of two means. That of two spreads has
+    # sqrt((kurtosis - 1) / 4) times these, which is less than 1 up to a kurtosis of 5.
     error = 5 * spread / rows**0.5 * 2**0.5
     assert bool(((our_mean - mean).abs() < error).all())
-    torch.testing.assert_close(our_spread, spread, rtol=0.1, atol=0.02)
+    assert bool(((our_spread - spread).abs() < error).all())
 
 
 def test_dropout_follows_the_seed() -> None:
