@@ -22,6 +22,7 @@ from fastseq._ops.shared import (
     or_empty,
     wants_composite,
 )
+from fastseq._work import LinearSizes
 from fastseq.backends import reference_linear
 
 __all__ = ["linear", "plain_linear"]
@@ -248,7 +249,7 @@ class _Linear(torch.autograd.Function):
 def _forward_flops(
     input_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any
 ) -> int:
-    return 2 * math.prod(input_shape) * weight_shape[0]
+    return LinearSizes(math.prod(input_shape[:-1]), *reversed(weight_shape)).product()
 
 
 @register_flop_formula(torch.ops.fastseq.linear_backward)
@@ -263,12 +264,14 @@ def _backward_flops(
     needs: Sequence[bool],
     **_: Any,
 ) -> int:
-    flops = 0
-    if needs[0] and weight_shape is not None:
-        flops += 2 * math.prod(grad_shape) * weight_shape[1]
-    if needs[1] and input_shape is not None:
-        flops += 2 * math.prod(grad_shape) * input_shape[-1]
-    return flops
+    # Whichever gradient is asked for, the tensor that its product needs is there.
+    shape = weight_shape if weight_shape is not None else input_shape
+    if shape is None:
+        return 0
+    sizes = LinearSizes(math.prod(grad_shape[:-1]), shape[-1], grad_shape[-1])
+    return sizes.backward_flops(
+        needs[0] and weight_shape is not None, needs[1] and input_shape is not None
+    )
 
 
 # --- entry points
