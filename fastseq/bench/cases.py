@@ -170,8 +170,8 @@ class Case:
         Inference reads weights, input and initial states and writes output and final states;
         the sequence between stacked layers is written and read. Training also writes and reads
         the gates (and the LSTM's cell states) that backward needs, reads weights, input and
-        output once more, and writes the gradients of weights and input; that of a stacked layer's input
-        is read again by the layer below.
+        output once more, and writes the gradients of weights and input; that of a stacked layer's
+        input is read again by the layer below.
         """
         training = self.direction == "training"
         traffic = Traffic(0, 0)
