@@ -111,6 +111,7 @@ struct LinearBackward {
   void run_piece(Team team, Range inputs, Range outputs) {
     int64_t panels = (inputs.count() + W - 1) / W;
     team.wait();  // others may still read the last piece's panels
+    enter_phase(Phase::pack);
     if (call.grad_x.data) {
       const T* weight = (const T*)call.weight;  // [O, K]
       Range mine = split(panels, team.size, team.rank);
@@ -124,16 +125,21 @@ struct LinearBackward {
     for (int64_t row = 0; row < shape.rows; row += chunk_rows) {
       Range rows{row, minimum(row + chunk_rows, shape.rows)};
       if (row) team.wait();  // others may still read the last chunk
+      enter_phase(Phase::activation_gradient);
       make_gradient(team, rows, outputs);
+      enter_phase(Phase::pack);
       if (call.grad_weight) pack_inputs(team, rows, inputs, panels);
       team.wait();
       if (call.grad_x.data) {
+        enter_phase(Phase::input_gradient);
         if (shape.rows <= in_place_rows)
           multiply_weight_in_place(team, rows, inputs, outputs, panels);
         else
           multiply_weight(team, rows, inputs, outputs, panels);
       }
+      enter_phase(Phase::weight_gradient);
       if (call.grad_weight) multiply_inputs(team, rows, inputs, outputs, panels);
+      enter_phase(Phase::bias_gradient);
       if (call.grad_bias && !inputs.begin) sum_columns(team, rows, outputs);
     }
   }
@@ -347,6 +353,13 @@ struct LinearBackward {
 
 template <class T>
 int linear_backward(const fastseq_linear_backward* call) {
+  ProfiledCall profiled;
+  if (profiled.begins<T>("linear_backward", activation_name(call->shape.activation))) {
+    profile_sizes(call->shape);
+    profile_size("needs_input", call->grad_x.data != nullptr);
+    profile_size("needs_weight", call->grad_weight != nullptr);
+    profile_size("needs_bias", call->grad_bias != nullptr);
+  }
   return LinearBackward<T>(*call).run();
 }
 

@@ -23,6 +23,18 @@ FS_INLINE int linear_threads(int64_t rows, int64_t inputs, int64_t outputs, int 
   return products < (double)worth_a_thread ? 1 : threads;
 }
 
+FS_INLINE void profile_sizes(const fastseq_linear_shape& shape) {
+  profile_size("M", shape.rows);
+  profile_size("K", shape.inputs);
+  profile_size("N", shape.outputs);
+  profile_size("dropout", shape.dropout > 0);
+}
+
+FS_INLINE const char* activation_name(int activation) {
+  static constexpr const char* names[FASTSEQ_ACTIVATION_COUNT] = {"", "relu", "gelu", "gelu_tanh", "silu"};
+  return names[activation];
+}
+
 // What happens to complete sums on their way out, one dropout_group of columns of a few rows at a time.
 template <class T>
 struct LinearEpilogue {
@@ -84,6 +96,8 @@ template <class T>
 struct LinearForward {
   static constexpr int64_t W = panel_width<T>, L = lanes<T>;
   static constexpr int64_t few_rows = 8;
+  // Sums from here on are long enough to tell their epilogue from them.
+  static constexpr int64_t timed_depth = 256;
   // Many rows: as many at a time as leave their sums in L2 beside a group of panels, and panels that fit L3 (one at least).
   static constexpr int64_t chunk_rows = FS_TILE_ROWS * (126 / FS_TILE_ROWS);
   static constexpr int64_t packed_bytes = 8 << 20;
@@ -138,6 +152,7 @@ struct LinearForward {
     LinearEpilogue<T> epilogue(call, (const T*)call.bias);
     auto body = [&](int rank, int size) {
       alignas(64) T sums[few_rows * dropout_group];
+      enter_phase(Phase::product);  // the epilogue of so few rows goes under it
       Range mine = my_outputs(rank, size);
       for (int64_t column = mine.begin; column < mine.end; column += dropout_group) {
         int64_t columns = minimum(dropout_group, mine.end - column);
@@ -183,6 +198,7 @@ struct LinearForward {
     auto body = [&](int rank, int size) {
       Team team{rank, size, &barrier};
       Range packs = split(x_panels, size, rank);
+      enter_phase(Phase::pack);
       for (int64_t panel = packs.begin; panel < packs.end; ++panel)
         pack_transposed(at<T>(call.x, panel * W, 0), call.x.row_stride, minimum(W, shape.rows - panel * W), depth,
                         table[0].panels + panel * depth * W);
@@ -192,7 +208,9 @@ struct LinearForward {
         for (int64_t output = mine.begin; output < mine.end; output += output_block) {
           Range block{output, minimum(output + output_block, mine.end)};
           Range panels{first, minimum(first + panel_group, x_panels)};
+          enter_phase(Phase::product);
           multiply_in_lanes(table[rank], block, panels);
+          enter_phase(Phase::epilogue);
           for (int64_t panel = panels.begin; panel < panels.end; ++panel)
             write_transposed(epilogue, table[rank].sums + (panel - first) * output_block * W, block, panel);
         }
@@ -280,6 +298,7 @@ struct LinearForward {
         if (first) team.wait();  // others may still read the panels
         int64_t count = minimum(part_panels, all_panels - first);
         Range packs = split(count, size, rank);
+        enter_phase(Phase::pack);
         for (int64_t i = packs.begin; i < packs.end; ++i)
           pack_transposed(weight + (first + i) * W * depth, depth, minimum(W, shape.outputs - (first + i) * W), depth,
                           table[0].panels + i * depth * W);
@@ -296,6 +315,7 @@ struct LinearForward {
   void multiply_chunk(Packed& buffers, const LinearEpilogue<T>& epilogue, Range rows, int64_t first, int64_t count) {
     constexpr int64_t unit = dropout_group / (W < dropout_group ? W : dropout_group);  // panels to an epilogue
     bool trivial = epilogue.is_trivial();
+    enter_phase(Phase::product);
     multiply_blocked<T>(
         [&](int64_t row, int64_t row_count, int64_t k, int64_t step) {
           return copy_tile(at<T>(call.x, rows.begin + row, k), call.x.row_stride, row_count, step, buffers.tile);
@@ -315,8 +335,11 @@ struct LinearForward {
           }
           if (trivial || ((panel + 1) % unit && panel + 1 < count)) return;
           column = column / dropout_group * dropout_group;
+          // With short sums the clock would take as long as what it measures.
+          if (depth >= timed_depth) enter_phase(Phase::epilogue);
           epilogue.apply(at<T>(call.output, rows.begin + row, column), call.output.row_stride, rows.begin + row, row_count,
                          column, end - column);
+          enter_phase(Phase::product);
         });
   }
 
@@ -328,6 +351,12 @@ struct LinearForward {
 
 template <class T>
 int linear_forward(const fastseq_linear_forward* call) {
+  ProfiledCall profiled;
+  if (profiled.begins<T>("linear_forward", activation_name(call->shape.activation))) {
+    profile_sizes(call->shape);
+    profile_size("residual", call->residual.data != nullptr);
+    profile_size("saves", call->pre_activation != nullptr);
+  }
   return LinearForward<T>(*call).run();
 }
 

@@ -1,7 +1,7 @@
 // A team of threads inside one parallel region and the barrier between its steps.
 #pragma once
 
-#include "runtime.h"
+#include "profile.h"
 #include "vec.h"
 
 namespace fastseq::FS_ISA {
@@ -14,6 +14,7 @@ struct Barrier {
 
   void wait(int size) {
     if (size == 1) return;
+    Phase before = enter_phase(Phase::barrier_wait);
     int64_t ticket = __atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL);
     int64_t target = (ticket + size - 1) / size * size;
     for (int turn = 0; __atomic_load_n(&arrived, __ATOMIC_ACQUIRE) < target; ++turn) {
@@ -25,6 +26,7 @@ struct Barrier {
         fastseq_wait_turn(turn);
       }
     }
+    enter_phase(before);
   }
 };
 
