@@ -181,13 +181,12 @@ class AttentionSizes(NamedTuple):
         """``2*pairs*(E + Ev)`` per head."""
         return self.scores() + self.values()
 
-    def backward_flops(self) -> int:
+    def backward_flops(
+        self, needs_query: bool = True, needs_key: bool = True, needs_value: bool = True
+    ) -> int:
         """``2*pairs*(3*E + 2*Ev)`` per head: scores again, gradients of weights, q, k and v."""
-        return 3 * self.scores() + 2 * self.values()
-
-    def _queries_and_keys(self) -> int:
-        rows = self.heads * self.query_rows + self.kv_heads * self.key_rows
-        return rows * self.key_size
+        flops = self.scores() * (1 + needs_query + needs_key) + self.values() * needs_value
+        return flops + self.values()
 
     def _values(self) -> int:
         return self.kv_heads * self.key_rows * self.value_size
@@ -197,15 +196,25 @@ class AttentionSizes(NamedTuple):
 
     def forward_traffic(self, bias: int = 0) -> Traffic:
         """Query, key, value and ``bias`` elements of an additive bias read, the output written."""
-        return Traffic(self._queries_and_keys() + self._values() + bias, self._outputs())
+        rows = self.heads * self.query_rows + self.kv_heads * self.key_rows
+        return Traffic(rows * self.key_size + self._values() + bias, self._outputs())
 
-    def backward_traffic(self, bias: int = 0) -> Traffic:
-        """What forward read and wrote, and the output's gradient, read; three gradients written.
+    def backward_traffic(
+        self,
+        bias: int = 0,
+        needs_query: bool = True,
+        needs_key: bool = True,
+        needs_value: bool = True,
+    ) -> Traffic:
+        """What forward read and wrote, and the output's gradient, read; gradients written.
 
         ``bias``: elements of an additive bias that has a gradient.
         """
-        inputs = self._queries_and_keys() + self._values()
-        return Traffic(inputs + 2 * self._outputs() + bias, inputs + bias)
+        queries = self.heads * self.query_rows * self.key_size
+        keys = self.kv_heads * self.key_rows * self.key_size
+        read = queries + keys + self._values() + 2 * self._outputs() + bias
+        written = queries * needs_query + keys * needs_key + self._values() * needs_value
+        return Traffic(read, written + bias)
 
 
 class LinearSizes(NamedTuple):
@@ -227,11 +236,11 @@ class LinearSizes(NamedTuple):
         """Weights and biases."""
         return self.N * self.K + self.N
 
-    def forward_traffic(self, residual: bool = False) -> Traffic:
-        """Weights, input and residual read, output written."""
+    def forward_traffic(self, residual: bool = False, saves: bool = False) -> Traffic:
+        """Weights, input and residual read, output written, and what an activation saves."""
         outputs = self.M * self.N
-        read = self.weights() + self.M * self.K + (outputs if residual else 0)
-        return Traffic(read, outputs)
+        read = self.weights() + self.M * self.K + outputs * residual
+        return Traffic(read, outputs * (1 + saves))
 
     def backward_traffic(self, needs_input: bool = True, needs_weight: bool = True) -> Traffic:
         """The output's gradient read; weights for the input's gradient, input for the weights'."""
@@ -255,14 +264,23 @@ class NormSizes(NamedTuple):
         """Input, residual and parameters read; output written, and the sum where it is kept."""
         elements = self.M * self.F
         return Traffic(
-            elements * (2 if residual else 1) + self.F * self.parameters,
-            elements * (2 if keeps_sum else 1),
+            elements * (1 + residual) + self.F * self.parameters, elements * (1 + keeps_sum)
         )
 
-    def backward_traffic(self, needs_x: bool = True, needs_parameters: bool = True) -> Traffic:
-        """The sum, the output's gradient and parameters read; one gradient for both inputs."""
+    def backward_traffic(
+        self,
+        needs_x: bool = True,
+        needs_parameters: bool = True,
+        grad_sum: bool = False,
+        two_gradients: bool = False,
+    ) -> Traffic:
+        """The sum, the output's gradient and parameters read; one gradient for both inputs.
+
+        With dropout the input's is another (``two_gradients``). ``grad_sum``: the sum is a result
+        too, and its gradient read.
+        """
         elements, parameters = self.M * self.F, self.F * self.parameters
         return Traffic(
-            2 * elements + parameters,
-            (elements if needs_x else 0) + (parameters if needs_parameters else 0),
+            elements * (2 + grad_sum) + parameters,
+            elements * (needs_x + two_gradients) + parameters * needs_parameters,
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastseq._config import fma_peak_gflops
+from fastseq._work import ELEMENT_BYTES
 from fastseq.bench import attention, generation, onnx_peer, transformer
 from fastseq.bench.build import BuiltCase, build, functional_call, layer_call
 from fastseq.bench.cases import AnyCase, Case
@@ -22,7 +23,7 @@ from fastseq.bench.probes import (
     read_bandwidth,
 )
 from fastseq.bench.timing import Timing, interleave
-from fastseq.bench.transformer_cases import ELEMENT_BYTES, TransformerCase
+from fastseq.bench.transformer_cases import TransformerCase
 
 OURS = "fastseq"
 OURS_FUNCTIONAL = "fastseq.functional"

@@ -4,8 +4,8 @@
 machine can do. Nothing here imports torch.
 """
 
-from fastseq.profiler.profile import Profile, profile
 from fastseq.profiler.record import Call, ThreadTimes
 from fastseq.profiler.roofs import Roofs
+from fastseq.profiler.session import Profile, profile
 
 __all__ = ["Call", "Profile", "Roofs", "ThreadTimes", "profile"]

@@ -1,7 +1,8 @@
 """The processor's own counters over a block: cycles, instructions, cache misses.
 
-Through Linux's ``perf_event_open``, for every thread of the process and those it starts. Where the
-kernel does not allow it, or a virtual machine has no counters, there is a reason instead of numbers.
+Through Linux's ``perf_event_open``, for every thread of the process and those it starts. Where
+the kernel does not allow it, or a virtual machine has no counters, there is a reason instead of
+numbers.
 """
 
 from __future__ import annotations

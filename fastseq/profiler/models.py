@@ -85,6 +85,7 @@ def _rnn_forward(call: Call) -> _Parts:
     phases = {
         "input product": sizes.input_product(),
         "recurrent product": sizes.recurrent_product(),
+        "recurrent product and gates": sizes.recurrent_product(),  # the one or the other
         "projection": sizes.projection(),
     }
     traffic = sizes.forward_traffic(bool(call.shape.get("training", 0)))
@@ -128,22 +129,23 @@ def _attention_forward(call: Call) -> _Parts:
 
 
 def _attention_backward(call: Call) -> _Parts:
-    sizes = _attention_sizes(call)
-    bias = call.shape["Hq"] * call.shape["Sq"] * call.shape["Skv"]
-    traffic = sizes.backward_traffic(bias if call.shape.get("needs_bias", 0) else 0)
+    sizes, shape = _attention_sizes(call), call.shape
+    bias = shape["Hq"] * shape["Sq"] * shape["Skv"] if shape["needs_bias"] else 0
+    needs = (bool(shape["needs_query"]), bool(shape["needs_key"]), bool(shape["needs_value"]))
     phases = {
         "scores": sizes.scores(),
-        "weight gradient": sizes.values(),
-        "query gradient": sizes.scores(),
-        "key gradient": sizes.scores(),
-        "value gradient": sizes.values(),
+        "values": sizes.values(),
+        "query gradient": sizes.scores() * needs[0],
+        "key gradient": sizes.scores() * needs[1],
+        "value gradient": sizes.values() * needs[2],
     }
-    return sizes.backward_flops(), traffic, phases, None
+    return sizes.backward_flops(*needs), sizes.backward_traffic(bias, *needs), phases, None
 
 
 def _linear_forward(call: Call) -> _Parts:
     sizes = LinearSizes(call.shape["M"], call.shape["K"], call.shape["N"])
-    traffic = sizes.forward_traffic(bool(call.shape.get("residual", 0)))
+    shape = call.shape
+    traffic = sizes.forward_traffic(bool(shape["residual"]), bool(shape.get("saves", 0)))
     return sizes.product(), traffic, {"product": sizes.product()}, None
 
 
@@ -165,16 +167,17 @@ def _norm_sizes(call: Call) -> NormSizes:
 
 def _norm_forward(call: Call) -> _Parts:
     shape = call.shape
-    traffic = _norm_sizes(call).forward_traffic(
-        bool(shape.get("residual", 0)), bool(shape.get("sum", 0))
-    )
+    traffic = _norm_sizes(call).forward_traffic(bool(shape["residual"]), bool(shape.get("sum", 0)))
     return 0, traffic, {}, None
 
 
 def _norm_backward(call: Call) -> _Parts:
     shape = call.shape
     traffic = _norm_sizes(call).backward_traffic(
-        bool(shape.get("needs_x", 1)), bool(shape.get("needs_w", 1))
+        bool(shape["needs_x"]),
+        bool(shape["needs_weight"]),
+        bool(shape.get("grad_sum", 0)),
+        bool(shape.get("needs_input", 0)),
     )
     return 0, traffic, {}, None
 

@@ -314,7 +314,7 @@ def _best(run: Callable[[], float]) -> float:
 
 
 def _store(roofs: Roofs) -> None:
-    """Write the cache file in one step; a directory that cannot be written costs a new measurement."""
+    """Write the cache file; without one the next process measures again."""
     path = cache_path()
     if path is None:
         return

@@ -16,16 +16,22 @@ GROUPS = ("phase", "kernel", "shape")
 SORTS = ("time", "calls", "mean", "name")
 
 # Flags of a shape, by what a label says when they are set.
-_FLAGS = {"training": "training", "residual": "residual", "dropout": "dropout"}
-# What backward may be asked for, by what a label says when it was not.
+_FLAGS = {
+    "training": "training",
+    "residual": "residual",
+    "dropout": "dropout",
+    "saves": "saves",
+    "sum": "sum",
+}
+# What backward is usually asked for, by what a label says when it was not.
 _GRADIENTS = {
     "needs_x": "no input gradient",
-    "needs_input": "no input gradient",
     "needs_w": "no weight gradient",
     "needs_weight": "no weight gradient",
+    "needs_query": "no query gradient",
+    "needs_key": "no key gradient",
+    "needs_value": "no value gradient",
 }
-# Flags without a word of their own.
-_SILENT = ("needs_bias", "sum", "bias", "activation", "query_rows", "key_rows")
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,10 @@ def shape_label(call: Call) -> str:
         elif name in _GRADIENTS:
             if not size:
                 words.append(_GRADIENTS[name])
-        elif name in _SILENT or _is_usual(name, size, shape):
+        elif name == "needs_input" and call.kernel == "linear_backward":
+            if not size:
+                words.append(_GRADIENTS["needs_x"])
+        elif name.startswith(("needs_", "grad_")) or _is_usual(name, size, shape):
             continue
         else:
             words.append(f"{name}{'=' if len(name) > 3 else ''}{size}")
@@ -137,8 +146,8 @@ def rows(
         calls: What was recorded.
         wall_seconds: Of the whole profile.
         roofs: The machine's, or ``None``: no share of a roof.
-        group: "kernel": a row per kernel, variant, dtype and tier; "shape": these apart by shape and
-            threads; "phase": a row per kernel, below it one for each of its phases.
+        group: "kernel": a row per kernel, variant, dtype and tier; "shape": these apart by shape
+            and threads; "phase": a row per kernel, below it one for each of its phases.
         sort: "time", "calls", "mean" (largest first) or "name".
 
     Raises:
