@@ -138,9 +138,7 @@ def test_gradients_not_asked_for_are_not_counted() -> None:
     q = torch.randn(1, 2, 33, 8, requires_grad=True)
     k, v = torch.randn(1, 2, 33, 8), torch.randn(1, 2, 33, 8)
     calls = by_kernel(
-        recorded(
-            lambda: fastseq.functional.scaled_dot_product_attention(q, k, v).sum().backward()
-        )
+        recorded(lambda: fastseq.functional.scaled_dot_product_attention(q, k, v).sum().backward())
     )
     # Scores again, the weights' gradient, the queries': three products of five.
     assert modelled(calls["attention_backward"]).flops == 3 * 2 * 2 * 33 * 33 * 8
