@@ -171,7 +171,7 @@ def test_sort(profile: Profile, sort: str, first: str) -> None:
 
 @pytest.mark.parametrize("arguments", [{"sort": "colour"}, {"group": "colour"}])
 def test_unknown_sort_or_group(profile: Profile, arguments: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="one of .*'colour'"):
+    with pytest.raises(ValueError, match=r"one of .*'colour'"):
         profile.rows(**arguments)
 
 
