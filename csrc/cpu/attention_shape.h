@@ -222,11 +222,5 @@ FS_INLINE RowBlock<T> key_rows(const fastseq_attention_shape& shape, const fasts
   return {copy, stride};
 }
 
-// Work handed out piece by piece; which thread does a piece does not change its bits.
-struct WorkQueue {
-  alignas(64) int64_t next = 0;
-  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
-};
-
 }  // namespace
 }  // namespace fastseq::FS_ISA

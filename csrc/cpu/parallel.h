@@ -52,6 +52,33 @@ struct EvenSplit {
 };
 FS_INLINE Range split(int64_t count, int64_t parts, int64_t index) { return EvenSplit(count, parts).part(index); }
 
+// Work handed out piece by piece; which thread does a piece does not change its bits. Cores are rarely equally fast: they share
+// their execution units with neighbours, clocks differ, the system takes its time from one of them. Cut into equal parts, a
+// call takes as long as the slowest core.
+struct WorkQueue {
+  alignas(64) int64_t next = 0;
+  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+};
+
+// The same for rows or columns, in runs that grow shorter towards the end: long ones use the caches better, short ones let
+// all threads finish together.
+struct RangeQueue {
+  alignas(64) int64_t next = 0;
+
+  // The next run of [0, count), a multiple of `unit` from `least` to `most` unless the end cuts it off; empty when all is
+  // taken. A thread on its own gets `most` every time.
+  Range take(int64_t count, int64_t unit, int64_t least, int64_t most, int size) {
+    int64_t begin = __atomic_load_n(&next, __ATOMIC_RELAXED);
+    for (;;) {
+      if (begin >= count) return {count, count};
+      int64_t length = size == 1 ? most : ((count - begin) / (2 * size) + unit - 1) / unit * unit;
+      length = length < least ? least : length > most ? most : length;
+      int64_t end = count - begin < length ? count : begin + length;
+      if (__atomic_compare_exchange_n(&next, &begin, end, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return {begin, end};
+    }
+  }
+};
+
 template <class Body>
 void run_parallel(int threads, Body& body) {
   fastseq_run_parallel(threads, [](void* context, int rank, int size) { (*(Body*)context)(rank, size); }, &body);
