@@ -14,7 +14,7 @@ from fastseq.profiler.summary import Row
 __all__ = ["page"]
 
 _WIDTH, _HEIGHT = 860, 540
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 20, 52
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 36, 52
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --dim: #60646c; --paper: #ffffff; --line: #d9dce1;
@@ -199,7 +199,7 @@ def _grid(axes: _Axes) -> list[str]:
     middle = (_LEFT + right) / 2
     parts.append(
         f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">flop per byte (modelled)</text>'
-        f'<text x="14" y="{_TOP + 8}" text-anchor="start">GFLOP/s</text>'
+        f'<text x="14" y="{_TOP - 16}" text-anchor="start">GFLOP/s</text>'
     )
     return parts
 
@@ -213,10 +213,13 @@ def _roof_line(line: _Line, lines: Sequence[_Line], axes: _Axes) -> str:
         fastest = max([other.gbytes for other in lines if other.gbytes], default=0.0)
         start = max(left, line.gflops / fastest) if fastest else left
         y, x = axes.y(line.gflops), axes.x(right)
+        # Right of where the slowest memory meets the peak: kernels that multiply lie further right.
+        slowest = min([other.gbytes for other in lines if other.gbytes], default=0.0)
+        ridge = min(max(left, line.gflops / slowest), right) if slowest else left
         return (
             f'<line class="roof{style}" x1="{axes.x(start):.1f}" x2="{x:.1f}" '
             f'y1="{y:.1f}" y2="{y:.1f}"><title>{label}: {line.gflops:.1f} GFLOP/s</title></line>'
-            f'<text x="{x - 4:.1f}" y="{y - 5:.1f}" text-anchor="end">{label}: '
+            f'<text x="{axes.x(ridge) + 10:.1f}" y="{y - 5:.1f}">{label}: '
             f"{line.gflops:.0f}</text>"
         )
     assert line.gbytes
