@@ -21,7 +21,6 @@ from fastseq._ops.shared import (
     or_empty,
     wants_composite,
 )
-from fastseq._work import AttentionSizes
 from fastseq.backends import reference_attention
 
 __all__ = ["attention", "plain_attention"]
@@ -351,17 +350,11 @@ def _pairs(query: Tensor, key: Tensor, terms: Terms) -> int:
     return query.shape[1] * pairs
 
 
-def _sizes(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> AttentionSizes:
-    """As of one head, with the pairs of all; rows do not matter to work."""
-    pairs = _pairs(query, key, terms)
-    return AttentionSizes(1, 1, 0, 0, key.shape[-1], value.shape[-1], pairs)
-
-
 @register_flop_formula(torch.ops.fastseq.attention_forward, get_raw=True)
 def _forward_flops(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any = None, **_: Any
 ) -> int:
-    return _sizes(query, key, value, Terms(*rest[:_TERM_COUNT])).forward_flops()
+    return 2 * _pairs(query, key, Terms(*rest[:_TERM_COUNT])) * (key.shape[-1] + value.shape[-1])
 
 
 @register_flop_formula(torch.ops.fastseq.attention_backward, get_raw=True)
@@ -375,7 +368,9 @@ def _backward_flops(
     out_val: Any = None,
     **_: Any,
 ) -> int:
-    return _sizes(query, key, value, Terms(*rest[:_TERM_COUNT])).backward_flops()
+    # Scores, their gradient's two products and the weights' again, and the values' gradient.
+    per_pair = 3 * key.shape[-1] + 2 * value.shape[-1]
+    return 2 * _pairs(query, key, Terms(*rest[:_TERM_COUNT])) * per_pair
 
 
 # --- entry points

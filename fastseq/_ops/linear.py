@@ -22,7 +22,6 @@ from fastseq._ops.shared import (
     or_empty,
     wants_composite,
 )
-from fastseq._work import LinearSizes
 from fastseq.backends import reference_linear
 
 __all__ = ["linear", "plain_linear"]
@@ -249,7 +248,7 @@ class _Linear(torch.autograd.Function):
 def _forward_flops(
     input_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any
 ) -> int:
-    return LinearSizes(math.prod(input_shape[:-1]), *reversed(weight_shape)).product()
+    return 2 * math.prod(input_shape) * weight_shape[0]
 
 
 @register_flop_formula(torch.ops.fastseq.linear_backward)
@@ -264,14 +263,12 @@ def _backward_flops(
     needs: Sequence[bool],
     **_: Any,
 ) -> int:
-    # Whichever gradient is asked for, the tensor that its product needs is there.
-    shape = weight_shape if weight_shape is not None else input_shape
-    if shape is None:
-        return 0
-    sizes = LinearSizes(math.prod(grad_shape[:-1]), shape[-1], grad_shape[-1])
-    return sizes.backward_flops(
-        needs[0] and weight_shape is not None, needs[1] and input_shape is not None
-    )
+    flops = 0
+    if needs[0] and weight_shape is not None:
+        flops += 2 * math.prod(grad_shape) * weight_shape[1]
+    if needs[1] and input_shape is not None:
+        flops += 2 * math.prod(grad_shape) * input_shape[-1]
+    return flops
 
 
 # --- entry points
