@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastseq.bench import compare, html
 from fastseq.bench.cases import SUITES, select
 
 
@@ -52,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="change nothing, fail if the tables are out of date"
     )
     readme.set_defaults(action=_readme)
+
+    compare.add_command(commands)
+    html.add_command(commands)
     return parser
 
 

@@ -20,7 +20,8 @@ from fastseq.bench.transformer_cases import TransformerCase
 if TYPE_CHECKING:
     from rich.table import Table
 
-FORMAT = 1
+FORMAT = 2
+READABLE_FORMATS = (1, 2)
 NOTHING = "-"  # in a table cell
 
 
@@ -44,31 +45,50 @@ def to_json(results: Sequence[CaseResult], machine: dict[str, Any], suite: str) 
 
 
 def from_json(document: dict[str, Any]) -> list[CaseResult]:
-    """The results in a file written by ``to_json``; derived figures are computed afresh."""
-    if document.get("format") != FORMAT:
-        raise ValueError(f"expected a result file of format {FORMAT}")
+    """The results in a file written by ``to_json``; derived figures are computed afresh.
+
+    Format 1 had one thread count for all cases, no percentiles, no cold and no first calls.
+    """
+    if document.get("format") not in READABLE_FORMATS:
+        known = " or ".join(map(str, READABLE_FORMATS))
+        raise ValueError(f"expected a result file of format {known}")
     results = []
     for record in document["results"]:
-        case = from_record(record["case"])
         gate = GateResult(tuple(TensorError(**error) for error in record["gate"]["errors"]))
-        timings = {peer: Timing(**timing) for peer, timing in record["timings"].items()}
         results.append(
             CaseResult(
-                case,
+                from_record(record["case"]),
                 gate,
-                timings,
+                _timings(record["timings"]),
                 record["skipped"],
                 record["probes"],
                 record["fma_peak_gflops"],
+                record.get("threads") or document["machine"]["threads"],
+                _timings(record.get("cold", {})),
+                record.get("first_call_s", {}),
+                record.get("peak_memory_bytes", {}),
             )
         )
     return results
 
 
+def _timings(records: dict[str, dict[str, Any]]) -> dict[str, Timing]:
+    return {peer: Timing(**timing) for peer, timing in records.items()}
+
+
 def load(path: Path) -> tuple[list[CaseResult], dict[str, Any]]:
-    """Results and machine record of a file."""
-    document = json.loads(path.read_text(encoding="utf-8"))
-    return from_json(document), document["machine"]
+    """Results and machine record of a file.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not a result file.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return from_json(document), document["machine"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
+        raise ValueError(f"{path} is not a result file ({what})") from error
 
 
 def format_seconds(seconds: float) -> str:

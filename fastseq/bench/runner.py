@@ -42,6 +42,10 @@ class CaseResult:
         skipped: Why a peer or probe did not run, by its name.
         probes: Figures of the extra measurements.
         fma_peak_gflops: What the hardware could do, measured in the same run.
+        threads: Threads that every peer used.
+        cold: Seconds per call by peer, the caches flushed before each.
+        first_call_s: Seconds of the first call of a fresh layer, by peer.
+        peak_memory_bytes: Peak memory of a call above the level before it, by library.
     """
 
     case: AnyCase
@@ -50,6 +54,10 @@ class CaseResult:
     skipped: dict[str, str] = field(default_factory=dict)
     probes: dict[str, float] = field(default_factory=dict)
     fma_peak_gflops: float | None = None
+    threads: int = 0
+    cold: dict[str, Timing] = field(default_factory=dict)
+    first_call_s: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: dict[str, float] = field(default_factory=dict)
 
     def speedup(self, peer: str, ours: str = OURS) -> float | None:
         """How many times faster we are than a peer; below 1 is slower."""

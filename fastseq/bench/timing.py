@@ -27,6 +27,10 @@ class Timing:
         upper_quartile_s: A quarter of the visits were slower.
         visits: How many visits.
         calls_per_visit: Calls timed together in one visit.
+        p50_s: Half of the single calls were faster; None in files that have no single calls.
+        p95_s: 95 % of the single calls were faster.
+        p99_s: 99 % of the single calls were faster.
+        minimum_s: The fastest single call.
     """
 
     median_s: float
@@ -34,6 +38,10 @@ class Timing:
     upper_quartile_s: float
     visits: int
     calls_per_visit: int
+    p50_s: float | None = None
+    p95_s: float | None = None
+    p99_s: float | None = None
+    minimum_s: float | None = None
 
 
 def summarize(samples: list[float], calls_per_visit: int) -> Timing:
