@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fastseq.bench.runner import CaseResult
+    from fastseq.bench.results import CaseResult
     from fastseq.bench.timing import Timing
 
 # What has to be equal for two files to be comparable; other keys (date, load, ...) may differ.
 _MACHINE_KEYS = ("cpu", "cores", "system", "isa")
 _LIBRARIES_THAT_RUN = ("torch",)
-_PEER_NAMES = {"torch-compile": "torch.compile"}
 
 
 @dataclass(frozen=True)
@@ -120,26 +119,22 @@ def label(name: str, threads: int) -> str:
 
 
 def _problem(result: CaseResult, peer: str) -> str | None:
-    if "case" in result.skipped:
-        return "did not run"
     if not result.gate.passed:
-        return "check failed"
+        return "raised" if result.raised else "check failed"
     return None if peer in result.timings else f"no timing of {peer}"
 
 
 def _change(before: CaseResult, after: CaseResult, peer: str) -> Change:
-    from fastseq.bench.ratios import peer_speedup
-
     problems = _problem(before, peer), _problem(after, peer)
     texts = [f"{side}: {text}" for side, text in zip("AB", problems, strict=True) if text]
-    failed = not (after.gate.passed and "case" not in after.skipped)
+    failed = not after.gate.passed
     return Change(
         after.case.name,
         after.threads,
         None if problems[0] else before.timings[peer],
         None if problems[1] else after.timings[peer],
-        peer_speedup(before, "torch"),
-        peer_speedup(after, "torch"),
+        before.peer_speedup("torch"),
+        after.peer_speedup("torch"),
         "; ".join(texts) or None,
         failed and problems[0] is None,
     )
@@ -231,7 +226,7 @@ def _mean_line(comparison: Comparison) -> str:
 def _action(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from fastseq.bench.report import load
+    from fastseq.bench.results import PEERS, load
 
     limit: float | None = arguments.fail_below
     if limit is not None and not limit > 0:
@@ -239,7 +234,7 @@ def _action(arguments: argparse.Namespace) -> int:
     if arguments.mean and limit is None:
         raise ValueError("--mean needs --fail-below")
     (before, machine_before), (after, machine_after) = load(arguments.before), load(arguments.after)
-    comparison = compare(before, after, _PEER_NAMES.get(arguments.peer, arguments.peer))
+    comparison = compare(before, after, PEERS.get(arguments.peer, arguments.peer))
     differences = machine_differences(machine_before, machine_after)
     if differences:
         print(f"fastseq bench: warning: machines differ: {'; '.join(differences)}", file=sys.stderr)

@@ -65,6 +65,14 @@ class CaseResult:
             return None
         return self.timings[peer].median_s / self.timings[ours].median_s
 
+    @property
+    def raised(self) -> str | None:
+        return self.skipped.get("case")
+
+    def peer_speedup(self, peer: str) -> float | None:
+        functional = peer in (ONNX, "openvino") and OURS_FUNCTIONAL in self.timings
+        return self.speedup(peer, OURS_FUNCTIONAL if functional else OURS)
+
     def torch_speedup(self) -> float | None:
         """Speed-up over torch, eager or compiled, whichever is faster here."""
         found = [r for peer in (TORCH, COMPILED) if (r := self.speedup(peer)) is not None]

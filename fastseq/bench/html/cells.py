@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastseq.bench.attention_cases import AttentionCase
-from fastseq.bench.cases import AnyCase, Case
+from fastseq.bench.cases import GATES, AnyCase, Case
 from fastseq.bench.html import colour
-from fastseq.bench.ratios import median_ratio, our_entry, peer_timings, within_noise
+from fastseq.bench.ratios import within_noise
 from fastseq.bench.report import NOTHING, format_ratio, format_seconds
-from fastseq.bench.runner import CaseResult
+from fastseq.bench.results import ONNX, OPENVINO, OURS, OURS_FUNCTIONAL, CaseResult
 from fastseq.bench.timing import Timing
 from fastseq.bench.transformer_cases import TransformerCase
 
@@ -37,9 +37,16 @@ def options_text(case: AnyCase) -> str:
     return ", ".join(words)
 
 
+def layer_title(layer: str) -> str:
+    """A layer's name as people write it."""
+    if layer in GATES:
+        return layer.upper()
+    return "MultiheadAttention" if layer == "mha" else layer.replace("_", " ").capitalize()
+
+
 def case_label(case: AnyCase) -> str:
     """Layer, shape and options in words, without the direction."""
-    words = [f"{case.layer.replace('_', ' ')} {case.shape_label}", options_text(case)]
+    words = [f"{layer_title(case.layer)} {case.shape_label}", options_text(case)]
     if isinstance(case, Case) and case.I != case.H:
         words[0] += f" I{case.I}"
     return ", ".join(word for word in words if word)
@@ -47,9 +54,15 @@ def case_label(case: AnyCase) -> str:
 
 def failure(result: CaseResult) -> str | None:
     """Why a case has no numbers: it raised, or its results are wrong."""
-    if "case" in result.skipped:
-        return f"did not run: {result.skipped['case']}"
-    return None if result.gate.passed else result.gate.summary()
+    if result.gate.passed and OURS in result.timings:
+        return None
+    return f"raised: {result.raised}" if result.raised else result.gate.summary()
+
+
+def our_entry(result: CaseResult, peer: str) -> str:
+    """The name of our timing that a peer is held against, as ``CaseResult.peer_speedup`` does."""
+    functional = peer in (ONNX, OPENVINO) and OURS_FUNCTIONAL in result.timings
+    return OURS_FUNCTIONAL if functional else OURS
 
 
 def threads_text(threads: int) -> str:
@@ -102,12 +115,14 @@ def cell(result: CaseResult, peer: str) -> Cell:
     failed = failure(result)
     if failed is not None:
         return Cell(name, peer, threads, "failed", f"{where}: {failed}", failed=True)
-    pair = peer_timings(result, peer)
-    if pair is None:
+    ratio = result.peer_speedup(peer)
+    if ratio is None:
         reason = result.skipped.get(peer, "not measured")
         return Cell(name, peer, threads, NOTHING, f"{where}: {peer}: {reason}")
-    ratio, noise = median_ratio(*pair), within_noise(*pair)
-    tip = f"{where}: {our_entry(result, peer)} {spread_text(pair[1])}, {peer} {spread_text(pair[0])}"
+    entry = our_entry(result, peer)
+    ours, theirs = result.timings[entry], result.timings[peer]
+    noise = within_noise(theirs, ours)
+    tip = f"{where}: {entry} {spread_text(ours)}, {peer} {spread_text(theirs)}"
     if noise:
         tip += "; the quartiles overlap, so this may be noise"
     text = format_ratio(ratio)

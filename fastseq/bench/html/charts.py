@@ -106,15 +106,21 @@ class Chart:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten around a range; powers alone where the range is long."""
+    """Round values within a range: 1, 2 and 5 times powers of ten, or fewer where it is long."""
     decades = math.log10(high / low)
-    steps = (1, 2, 5) if decades < 2.2 else (1,)
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    every = [step * 10.0**power for power in range(first, last + 1) for step in steps]
-    # Rounding must not lose a bound that is a tick itself.
-    start = max((i for i, tick in enumerate(every) if tick <= low * (1 + 1e-9)), default=0)
-    end = min((i for i, t in enumerate(every) if t >= high * (1 - 1e-9)), default=len(every) - 1)
-    return every[start : max(end, start + 1) + 1]
+    factors = (1, 2, 5) if decades < 2 else (1, 3) if decades < 3 else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    every = [factor * 10.0**power for power in powers for factor in factors]
+    stride = 2 if decades > 7 else 1
+    return [tick for tick in every if low <= tick <= high][::stride]
+
+
+def _room(values: Sequence[float], factor: float) -> tuple[float, float]:
+    """The range of values with room on both sides, and never without a round value in it."""
+    low, high = min(values) / factor, max(values) * factor
+    while not log_ticks(low, high):
+        low, high = low / factor, high * factor
+    return low, high
 
 
 def logarithmic(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
@@ -177,11 +183,13 @@ def line_chart(
     """
     xs = sorted({x for one in series for x, _, _ in one.points})
     ys = [y for one in series for _, y, _ in one.points]
-    y_values = log_ticks(min(ys), max(ys))
+    low, high = _room(ys, 1.3)
+    y_values = log_ticks(low, high)
     place_x = logarithmic(xs[0], xs[-1], _LEFT + 8, WIDTH - _RIGHT - 8)
-    place_y = logarithmic(y_values[0], y_values[-1], HEIGHT - _BOTTOM, _TOP)
+    place_y = logarithmic(low, high, HEIGHT - _BOTTOM, _TOP)
     lines = []
-    for one in series:
+    # The first series, ours, is drawn last: on top.
+    for one in reversed(series):
         placed = [(place_x(x), place_y(y), tip) for x, y, tip in sorted(one.points)]
         markers = tuple(Marker(marker_path(one.key, x, y), tip) for x, y, tip in placed)
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in placed) if one.joined else ""
@@ -223,33 +231,29 @@ def roofline(
         threads: Thread count that the chart is about.
     """
     points = [point for one in series for point in one.points]
-    xs = log_ticks(min(x for x, _, _ in points), max(x for x, _, _ in points))
-    ys = log_ticks(min(y for _, y, _ in points), max(peak_gflops, *(y for _, y, _ in points)) * 1.2)
-    place_x = logarithmic(xs[0], xs[-1], _LEFT, WIDTH - _RIGHT)
-    place_y = logarithmic(ys[0], ys[-1], HEIGHT - _BOTTOM, _TOP)
-    right, roof_y = WIDTH - _RIGHT, place_y(peak_gflops)
+    left, right = _room([x for x, _, _ in points], 1.6)
+    low, high = _room([peak_gflops, *(y for _, y, _ in points)], 1.6)
+    place_x = logarithmic(left, right, _LEFT, WIDTH - _RIGHT)
+    place_y = logarithmic(low, high, HEIGHT - _BOTTOM, _TOP)
     lines = []
-    flat_from = _LEFT
     for name, bandwidth in bandwidths.items():
-        # Where the slope leaves the drawing at the bottom or on the left, and where it meets the
-        # flat roof; a roof that lies outside is named in the table's caption only.
-        start = max(xs[0], ys[0] / bandwidth)
-        end = min(xs[-1], peak_gflops / bandwidth)
+        # Where the slope comes into the drawing, and where it meets the flat roof; one that lies
+        # outside is not drawn.
+        start = max(left, low / bandwidth)
+        end = min(right, peak_gflops / bandwidth)
         if start >= end:
             continue
         x1, y1 = place_x(start), place_y(bandwidth * start)
         x2, y2 = place_x(end), place_y(bandwidth * end)
         text = f"{name} {bandwidth:.0f} GB/s"
-        lines.append(
-            Line(
-                name, "roof", f"{x1:.1f},{y1:.1f} {x2:.1f},{y2:.1f}", (), text, (x1 + 4, y1 - 4)
-            )
-        )
+        points_of_line = f"{x1:.1f},{y1:.1f} {x2:.1f},{y2:.1f}"
+        lines.append(Line(name, "roof", points_of_line, (), text, (x1 + 4, y1 - 4)))
+    roof_y = place_y(peak_gflops)
     lines.append(
         Line(
             "FMA peak",
             "roof",
-            f"{flat_from},{roof_y:.1f} {right},{roof_y:.1f}",
+            f"{_LEFT},{roof_y:.1f} {WIDTH - _RIGHT},{roof_y:.1f}",
             (),
             f"FMA peak {peak_gflops:.0f} GFLOP/s",
             (_LEFT + 4, roof_y - 4),
@@ -264,8 +268,8 @@ def roofline(
         title,
         "flop per byte",
         "GFLOP/s",
-        tuple(Tick(place_x(x), f"{x:g}") for x in _spread_ticks(xs, place_x)),
-        tuple(Tick(place_y(y), f"{y:g}") for y in ys),
+        tuple(Tick(place_x(x), f"{x:g}") for x in log_ticks(left, right)),
+        tuple(Tick(place_y(y), f"{y:g}") for y in log_ticks(low, high)),
         tuple(lines),
         ("case", "flop/byte", "GFLOP/s", "of FMA peak"),
         rows,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 # The scale ends at 8x faster and 8x slower; what lies beyond has the last colour.
 LIMIT = 8.0
 STEPS = 12
+# As good as equal: no colour.
+_EQUAL = 1.02
 
 Colour = tuple[int, int, int]
 
@@ -30,10 +32,10 @@ DARK = Scheme(slower=(255, 150, 70), middle=(38, 43, 51), faster=(96, 174, 255))
 
 
 def step(ratio: float) -> int:
-    """The scale's step for a speed-up: 0 at 1x, ``STEPS`` at ``LIMIT``, negative when slower."""
+    """The scale's step for a speed-up: 0 about 1x, ``STEPS`` at ``LIMIT``, negative when slower."""
     position = math.log(ratio) / math.log(LIMIT)
-    nearest = math.ceil(abs(position) * STEPS - 0.5)
-    return int(math.copysign(min(nearest, STEPS), position))
+    number = min(STEPS, max(1, round(abs(position) * STEPS)))
+    return 0 if _EQUAL > ratio > 1 / _EQUAL else int(math.copysign(number, position))
 
 
 def luminance(colour: Colour) -> float:
