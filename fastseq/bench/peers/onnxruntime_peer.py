@@ -74,10 +74,12 @@ def _bound(session: Any, made: Graph, start: float) -> PreparedPeer:
             bind(name, "cpu", 0, array.dtype, array.shape, tensor.data_ptr())
     names = list(outputs)
     arrays = {name: value.numpy() for name, value in feeds.items()}
-    calls: list[Callable[[], object]] = [
-        lambda: session.run_with_iobinding(binding),
-        lambda: session.run(names, arrays),
-    ]
+
+    def bound(held: object = (feeds, outputs)) -> None:
+        # The binding has the arrays' addresses only; the default keeps the arrays alive.
+        session.run_with_iobinding(binding)
+
+    calls: list[Callable[[], object]] = [bound, lambda: session.run(names, arrays)]
     try:
         call = fastest(calls)
     except Exception as error:  # as above; some kernels say only now that they lack a dtype
