@@ -1,7 +1,6 @@
 """The case registry, its models of work, the gate, the timing and the reports."""
 
 import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastseq.bench import build, command, gate, onnx_peer, report, runner
+from fastseq.bench import build, command, families, gate, report, results, runner, screen
 from fastseq.bench.cases import RNN_SUITE, Case, CaseOptions, make_case, select
 from fastseq.bench.timing import interleave, summarize
 
@@ -21,6 +20,7 @@ pytestmark = [
 ]
 
 CASES = RNN_SUITE
+PLAN = runner.Plan(peers=("torch",), seconds=0.01)
 # One of each kind at a size that takes no time.
 SMALL_CASES = [
     make_case(layer, direction, T=5, B=3, I=7, H=9, options=options)
@@ -205,11 +205,14 @@ def test_gate_catches_a_wrong_result(value: float) -> None:
 
 def test_a_failed_gate_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = gate.GateResult((gate.TensorError("output", 1.0, 0.0, 0.1),))
-    monkeypatch.setattr(runner, "check", lambda built: wrong)
-    result = runner.run_case(SMALL_CASES[0], seconds=0.01)
+    family = dataclasses.replace(families.family_of(SMALL_CASES[0]), check=lambda built: wrong)
+    monkeypatch.setattr(runner, "family_of", lambda case: family)
+    result = runner.run_case(SMALL_CASES[0], PLAN)
     assert not result.timings
+    assert not result.first_call_s
     assert result.speedup("torch") is None
-    report.add_row(report.new_table(), result)
+    screen.add_row(screen.new_table(), result)
+    assert "FAILED" in screen.line(result, ["torch"])
 
 
 # --- runner and reports
@@ -235,44 +238,38 @@ def tiny_results() -> list[runner.CaseResult]:
         make_case("lstm", "inference", T=1, B=1, H=8),
         make_case("gru", "training", T=3, B=2, H=8),
     ]
-    return list(runner.run(cases, seconds=0.01))
+    return list(runner.run(cases, PLAN))
 
 
-def test_runner_and_reports_on_tiny_cases(tmp_path: Path) -> None:
-    results = tiny_results()
-    streaming, training = results
-    assert {"torch", "fastseq", "fastseq.functional"} <= set(streaming.timings)
+def test_runner_and_reports_on_tiny_cases() -> None:
+    found = tiny_results()
+    streaming, training = found
+    assert set(streaming.timings) == {"torch", "fastseq", "fastseq.functional"}
     assert set(training.timings) == {"torch", "fastseq"}
-    assert "onnxruntime" in training.skipped
-    assert "onnxruntime" in {**streaming.timings, **streaming.skipped}
-    for result in results:
+    for result in found:
         speedup = result.speedup("torch")
         assert speedup is not None
         assert speedup > 0
-    table = report.new_table()
-    for result in results:
-        report.add_row(table, result)
+    table = screen.new_table()
+    for result in found:
+        screen.add_row(table, result)
     assert table.row_count == 2
-    assert report.notes(results)
-
-    machine = {"cpu": "C", "threads": 2, "isa": "base", "libraries": {"torch": "1"}, "date": "D"}
-    document = json.loads(json.dumps(report.to_json(results, machine, "rnn")))
-    assert report.from_json(document) == results
+    assert screen.notes(found)
 
 
 def test_readme_tables_follow_the_results(tmp_path: Path) -> None:
     machine = {"cpu": "C", "threads": 2, "isa": "base", "libraries": {"torch": "1"}, "date": "D"}
-    results, readme = tmp_path / "results.json", tmp_path / "README.md"
-    results.write_text(json.dumps(report.to_json(tiny_results(), machine, "rnn")))
+    file, readme = tmp_path / "results.json", tmp_path / "README.md"
+    results.save(file, results.to_json(tiny_results(), machine, "rnn"))
     readme.write_text("before\n<!-- bench:inference -->\nold\n<!-- /bench -->\nafter\n")
-    assert command.main(["readme", "--check", str(results), str(readme)]) == 2
-    assert command.main(["readme", str(results), str(readme)]) == 0
+    assert command.main(["readme", "--check", str(file), str(readme)]) == 2
+    assert command.main(["readme", str(file), str(readme)]) == 0
     text = readme.read_text()
     assert "old" not in text
     assert "| 1, 1, 8 |" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert command.main(["readme", "--check", str(results), str(readme)]) == 0
+    assert command.main(["readme", "--check", str(file), str(readme)]) == 0
 
 
 def test_readme_rejects_unknown_marker() -> None:
@@ -303,44 +300,13 @@ def test_command_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert "lstm-inference-T1-B1-H128" in capsys.readouterr().out
 
 
-# --- onnxruntime
-
-
-@pytest.mark.parametrize(
-    ("layer", "options"),
-    [
-        ("lstm", CaseOptions()),
-        ("gru", CaseOptions()),
-        ("rnn", CaseOptions()),
-        ("lstm", CaseOptions(bidirectional=True)),
-        ("gru", CaseOptions(ragged=True)),
-        ("lstm", CaseOptions(bias=False)),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("steps", [1, 5])
-def test_onnxruntime_computes_the_same(layer: str, steps: int, options: CaseOptions) -> None:
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    built = build.build(make_case(layer, "inference", T=steps, B=3, I=7, H=9, options=options))
-    session = onnx_peer.prepare(built, threads=1)
-    assert gate.check_output(built, session.output())
-
-
-def test_onnxruntime_says_what_it_cannot_do() -> None:
-    options = CaseOptions(proj_size=2)
-    case = make_case("lstm", "inference", T=2, B=1, H=4, options=options)
-    with pytest.raises(onnx_peer.UnsupportedCaseError, match="projection"):
-        onnx_peer.prepare(build.build(case), threads=1)
-
-
 # --- what the repository shows
 
 
 @pytest.mark.parametrize("suite", ["rnn", "attention", "transformer"])
 def test_readme_shows_the_committed_results(suite: str) -> None:
     root = Path(__file__).parents[1]
-    results = root / "benchmarks" / "results" / f"{suite}.json"
-    if not results.exists():
+    file = root / "benchmarks" / "results" / f"{suite}.json"
+    if not file.exists():
         pytest.skip("no results are committed yet")
-    assert command.main(["readme", "--check", str(results), str(root / "README.md")]) == 0
+    assert command.main(["readme", "--check", str(file), str(root / "README.md")]) == 0
