@@ -8,11 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-<<<<<<< HEAD
-from fastseq.bench import compare, html
-=======
-from fastseq.bench import run_command
->>>>>>> runner
+from fastseq.bench import compare, html, run_command
 from fastseq.bench.cases import SUITES, select
 
 
