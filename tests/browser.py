@@ -1,4 +1,4 @@
-"""A headless Chromium for tests, driven through its own protocol over a pipe: no port, no driver."""
+"""A headless Chromium for tests, driven over a pipe by its own protocol: no port, no driver."""
 
 from __future__ import annotations
 
@@ -74,9 +74,7 @@ class Browser:
         try:
             targets = self._call("Target.getTargets")["targetInfos"]
             page = next(target for target in targets if target["type"] == "page")
-            attached = self._call(
-                "Target.attachToTarget", targetId=page["targetId"], flatten=True
-            )
+            attached = self._call("Target.attachToTarget", targetId=page["targetId"], flatten=True)
             self._session: str | None = attached["sessionId"]
             for domain in ("Page", "Runtime", "Log", "Network"):
                 self._call(f"{domain}.enable")

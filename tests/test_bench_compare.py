@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import synthetic_results as synthetic
 
 from fastseq.bench import command
 from fastseq.bench.compare import compare, machine_differences
 from fastseq.bench.results import from_json
-import synthetic_results as synthetic
 
 ROOT = Path(__file__).parents[1]
 
@@ -142,7 +142,14 @@ def test_format_1_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"format": 3}', '{"format": 2}', '{"format": 2, "machine": {}, "results": 1}'],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": 3}',
+        '{"format": 2}',
+        '{"format": 2, "machine": {}, "results": 1}',
+    ],
 )
 def test_bad_files_get_one_line(
     text: str, tmp_path: Path, small: dict[str, Any], capsys: pytest.CaptureFixture[str]

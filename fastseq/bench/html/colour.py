@@ -58,9 +58,7 @@ def background(number: int, scheme: Scheme) -> Colour:
     end = scheme.faster if number > 0 else scheme.slower
     # The first steps differ more than the last: most ratios lie near 1.
     share = (abs(number) / STEPS) ** 0.75
-    red, green, blue = (
-        round(m + (e - m) * share) for m, e in zip(scheme.middle, end, strict=True)
-    )
+    red, green, blue = (round(m + (e - m) * share) for m, e in zip(scheme.middle, end, strict=True))
     return red, green, blue
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -242,9 +242,11 @@ def memory_charts(results: Sequence[CaseResult]) -> list[Chart]:
 
 def memory_plots(results: Sequence[CaseResult]) -> list[DotPlot]:
     """Our peak memory over torch's, for cases measured at one length only."""
-    drawn = {id(r) for _, found in _curves([r for r in results if peak_memory(r)], 2) for r in found}
+    drawn = {
+        id(r) for _, found in _curves([r for r in results if peak_memory(r)], 2) for r in found
+    }
     rows = []
-    for result in results:
+    for result in measured:
         found = peak_memory(result)
         if id(result) in drawn or not {OURS, "torch"} <= found.keys() or found["torch"] <= 0:
             continue
@@ -265,25 +267,23 @@ def scaling_plots(results: Sequence[CaseResult]) -> list[DotPlot]:
     by_case: dict[str, dict[int, CaseResult]] = {}
     for result in _timed(results):
         by_case.setdefault(result.case.name, {})[result.threads] = result
+    groups: dict[str, list[dict[int, CaseResult]]] = {}
+    for found in by_case.values():
+        if len(found) > 1:
+            groups.setdefault(family(next(iter(found.values())).case), []).append(found)
     plots = []
-    for kind, title in FAMILIES.items():
-        rows: list[DotRow] = []
-        most = 1.0
-        for found in by_case.values():
-            if len(found) > 1 and family(next(iter(found.values())).case) == kind:
-                most = max(most, max(found) / min(found))
-        for found in by_case.values():
-            if len(found) > 1 and family(next(iter(found.values())).case) == kind:
-                rows.append(_scaling_row(found, lambda ratio: 100 * ratio / (1.1 * most)))
-        if rows:
-            scale = 1.1 * most
-            marks = sorted({1.0, most} | ({most / 2} if most >= 4 else set()))
-            ticks = tuple((100 * mark / scale, f"{mark:g}x") for mark in marks)
-            plots.append(DotPlot(title, tuple(rows), ticks))
+    for kind, cases in groups.items():
+        perfect = max(max(found) / min(found) for found in cases)
+        scale = 1.1 * perfect
+        marks = sorted({1.0, perfect} | ({perfect / 2} if perfect >= 4 else set()))
+        ticks = tuple((100 * mark / scale, f"{mark:g}x") for mark in marks)
+        rows = tuple(_scaling_row(found, scale) for found in cases)
+        plots.append(DotPlot(FAMILIES[kind], rows, ticks))
     return plots
 
 
-def _scaling_row(found: dict[int, CaseResult], place: Callable[[float], float]) -> DotRow:
+def _scaling_row(found: dict[int, CaseResult], scale: float) -> DotRow:
+    """A row whose dots lie at their ratio in per cent of ``scale``."""
     fewest, most = min(found), max(found)
     base = found[fewest]
     dots, words = [], []
@@ -294,7 +294,7 @@ def _scaling_row(found: dict[int, CaseResult], place: Callable[[float], float]) 
         text = f"{peer} {ratio:.2f}x"
         words.append(text)
         tip = f"{_full_label(base.case)}: {text} with {most} instead of {threads_text(fewest)}"
-        dots.append(Dot(min(100.0, place(ratio)), key_of(peer), tip))
+        dots.append(Dot(min(100.0, 100 * ratio / scale), key_of(peer), tip))
     label = f"{_full_label(base.case)}, {fewest} to {threads_text(most)}"
     return DotRow(label, tuple(reversed(dots)), ", ".join(words))
 
