@@ -41,7 +41,8 @@ def layer_title(layer: str) -> str:
     """A layer's name as people write it."""
     if layer in GATES:
         return layer.upper()
-    return "MultiheadAttention" if layer == "mha" else layer.replace("_", " ").capitalize()
+    special = {"mha": "MultiheadAttention", "rms_norm": "RMS norm"}
+    return special.get(layer, layer.replace("_", " ").capitalize())
 
 
 def case_label(case: AnyCase) -> str:

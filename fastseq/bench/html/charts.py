@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 340, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 12, 40
+_LETTER = 6.5  # width of a letter on average
 _TICK_SPACE = 30  # units between two labels on the horizontal axis at least
 
 
@@ -55,15 +56,16 @@ class Marker:
 
 @dataclass(frozen=True)
 class Line:
-    """A line in the drawing, with a name and an optional label next to its start.
+    """A line in the drawing, or markers alone.
 
     Attributes:
         name: For the legend and the style.
         key: Class of the style sheet.
         points: For ``points`` of a polyline.
         markers: Points on it.
-        label: Text drawn at the line.
-        label_at: Where the text stands.
+        label: Text drawn along the line.
+        label_at: Where the text starts.
+        label_angle: By how many degrees the text is turned.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Line:
     markers: tuple[Marker, ...] = ()
     label: str = ""
     label_at: tuple[float, float] = (0.0, 0.0)
+    label_angle: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Chart:
         headings: Of the table.
         rows: Of the table.
         threads: Thread count that it is about; 0 for all.
+        note: A line below the drawing.
     """
 
     title: str
@@ -99,6 +103,7 @@ class Chart:
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     threads: int = 0
+    note: str = ""
     left: int = field(default=_LEFT, init=False)
     right: int = field(default=WIDTH - _RIGHT, init=False)
     top: int = field(default=_TOP, init=False)
@@ -245,20 +250,33 @@ def roofline(
             continue
         x1, y1 = place_x(start), place_y(bandwidth * start)
         x2, y2 = place_x(end), place_y(bandwidth * end)
-        text = f"{name} {bandwidth:.0f} GB/s"
-        points_of_line = f"{x1:.1f},{y1:.1f} {x2:.1f},{y2:.1f}"
-        lines.append(Line(name, "roof", points_of_line, (), text, (x1 + 4, y1 - 4)))
+        slope = math.atan2(y2 - y1, x2 - x1)
+        # The text lies along the line, or only in the note if it is longer than that.
+        fits = math.hypot(x2 - x1, y2 - y1) > _LETTER * (len(name) + 1)
+        at = (x1 + 4 * math.cos(slope) + 4 * math.sin(slope), y1 + 4 * math.sin(slope) - 4)
+        lines.append(
+            Line(
+                name,
+                "roof",
+                f"{x1:.1f},{y1:.1f} {x2:.1f},{y2:.1f}",
+                label=name if fits else "",
+                label_at=at,
+                label_angle=math.degrees(slope),
+            )
+        )
     roof_y = place_y(peak_gflops)
     lines.append(
         Line(
             "FMA peak",
             "roof",
             f"{_LEFT},{roof_y:.1f} {WIDTH - _RIGHT},{roof_y:.1f}",
-            (),
-            f"FMA peak {peak_gflops:.0f} GFLOP/s",
-            (_LEFT + 4, roof_y - 4),
+            label=f"FMA peak {peak_gflops:.0f} GFLOP/s",
+            label_at=(WIDTH / 2, roof_y - 4),
         )
     )
+    roofs = [f"FMA peak {peak_gflops:.0f} GFLOP/s"]
+    roofs += [f"{name} {bandwidth:.3g} GB/s" for name, bandwidth in bandwidths.items()]
+    note = f"Roofs: {', '.join(roofs)}."
     for one in series:
         markers = tuple(
             Marker(marker_path(one.key, place_x(x), place_y(y)), tip) for x, y, tip in one.points
@@ -274,4 +292,5 @@ def roofline(
         ("case", "flop/byte", "GFLOP/s", "of FMA peak"),
         rows,
         threads,
+        note,
     )

@@ -28,6 +28,7 @@ _FACTS = {
     "cpu": "Processor",
     "cores": "Cores",
     "threads": "Threads",
+    "caches_bytes": "Caches of a core",
     "isa": "Kernels",
     "system": "System",
     "python": "Python",
@@ -223,7 +224,11 @@ def _with_files(values: dict[str, list[str]]) -> list[str]:
 
 def _fact(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {version}" for name, version in value.items())
+        entries = {
+            name: f"{entry / 1024:g} KiB" if isinstance(entry, int) else entry
+            for name, entry in value.items()
+        }
+        return ", ".join(f"{name} {entry}" for name, entry in entries.items())
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -317,7 +322,7 @@ def _peer_row(result: CaseResult, peer: str, timing: Timing) -> PeerRow:
 
 def _case_rows(result: CaseResult) -> CaseRows:
     case = result.case
-    work = [f"{case.flops() / 1e9:.3g} GFLOP"] if case.flops() else []
+    work = [figures.format_flops(case.flops())] if case.flops() else []
     work.append(figures.format_bytes(case.bytes()))
     if result.fma_peak_gflops:
         work.append(f"FMA peak {result.fma_peak_gflops:.0f} GFLOP/s")

@@ -83,6 +83,14 @@ def format_bytes(count: float) -> str:
     return f"{count:.3g} B"
 
 
+def format_flops(count: float) -> str:
+    """Three significant digits with a unit that suits them."""
+    for scale, unit in ((1e9, "GFLOP"), (1e6, "MFLOP")):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count / 1e3:.3g} kFLOP"
+
+
 def _full_label(case: AnyCase) -> str:
     return f"{case_label(case)}, {case.direction}"
 
@@ -242,9 +250,8 @@ def memory_charts(results: Sequence[CaseResult]) -> list[Chart]:
 
 def memory_plots(results: Sequence[CaseResult]) -> list[DotPlot]:
     """Our peak memory over torch's, for cases measured at one length only."""
-    drawn = {
-        id(r) for _, found in _curves([r for r in results if peak_memory(r)], 2) for r in found
-    }
+    measured = [result for result in results if peak_memory(result)]
+    drawn = {id(result) for _, found in _curves(measured, 2) for result in found}
     rows = []
     for result in measured:
         found = peak_memory(result)
@@ -267,35 +274,35 @@ def scaling_plots(results: Sequence[CaseResult]) -> list[DotPlot]:
     by_case: dict[str, dict[int, CaseResult]] = {}
     for result in _timed(results):
         by_case.setdefault(result.case.name, {})[result.threads] = result
-    groups: dict[str, list[dict[int, CaseResult]]] = {}
+    groups: dict[tuple[str, int, int], list[dict[int, CaseResult]]] = {}
     for found in by_case.values():
-        if len(found) > 1:
-            groups.setdefault(family(next(iter(found.values())).case), []).append(found)
+        fewest, most = min(found), max(found)
+        if fewest < most:
+            key = family(found[most].case), fewest, most
+            groups.setdefault(key, []).append(found)
     plots = []
-    for kind, cases in groups.items():
-        perfect = max(max(found) / min(found) for found in cases)
+    for (kind, fewest, most), cases in groups.items():
+        perfect = most / fewest
         scale = 1.1 * perfect
         marks = sorted({1.0, perfect} | ({perfect / 2} if perfect >= 4 else set()))
         ticks = tuple((100 * mark / scale, f"{mark:g}x") for mark in marks)
-        rows = tuple(_scaling_row(found, scale) for found in cases)
-        plots.append(DotPlot(FAMILIES[kind], rows, ticks))
+        rows = tuple(_scaling_row(found[fewest], found[most], scale) for found in cases)
+        title = f"{FAMILIES[kind]}, {fewest} to {threads_text(most)}"
+        plots.append(DotPlot(title, rows, ticks))
     return plots
 
 
-def _scaling_row(found: dict[int, CaseResult], scale: float) -> DotRow:
+def _scaling_row(fewest: CaseResult, most: CaseResult, scale: float) -> DotRow:
     """A row whose dots lie at their ratio in per cent of ``scale``."""
-    fewest, most = min(found), max(found)
-    base = found[fewest]
+    label = _full_label(most.case)
     dots, words = [], []
-    for peer in (OURS, *peers_of(found.values())):
-        if peer not in base.timings or peer not in found[most].timings:
+    for peer in (OURS, *peers_of([most])):
+        if peer not in fewest.timings or peer not in most.timings:
             continue
-        ratio = base.timings[peer].median_s / found[most].timings[peer].median_s
+        ratio = fewest.timings[peer].median_s / most.timings[peer].median_s
         text = f"{peer} {ratio:.2f}x"
         words.append(text)
-        tip = f"{_full_label(base.case)}: {text} with {most} instead of {threads_text(fewest)}"
-        dots.append(Dot(min(100.0, 100 * ratio / scale), key_of(peer), tip))
-    label = f"{_full_label(base.case)}, {fewest} to {threads_text(most)}"
+        dots.append(Dot(min(100.0, 100 * ratio / scale), key_of(peer), f"{label}: {text}"))
     return DotRow(label, tuple(reversed(dots)), ", ".join(words))
 
 

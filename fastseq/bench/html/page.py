@@ -8,11 +8,26 @@ from typing import Any
 from fastseq.bench.html import charts, colour, figures
 from fastseq.bench.html.cells import threads_text
 from fastseq.bench.html.content import Source, build
+from fastseq.bench.results import OURS
 
 
 def _schemes() -> str:
     dark = colour.rules(colour.DARK)
     return f"{colour.rules(colour.LIGHT)}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
+
+
+def _legend_keys(
+    plots: Sequence[charts.Chart | figures.DotPlot], peers: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Class and name of what is drawn in any of the plots."""
+    drawn: set[str] = set()
+    for plot in plots:
+        if isinstance(plot, charts.Chart):
+            drawn |= {line.key for line in plot.lines}
+        else:
+            drawn |= {dot.key for row in plot.rows for dot in row.dots}
+    names = [(figures.key_of(name), name) for name in (OURS, *peers)]
+    return [(key, name) for key, name in names if key in drawn]
 
 
 def render(sources: Sequence[Source], roofs: dict[str, Any] | None = None) -> str:
@@ -37,7 +52,7 @@ def render(sources: Sequence[Source], roofs: dict[str, Any] | None = None) -> st
         undefined=jinja2.StrictUndefined,
     )
     environment.globals.update(
-        key_of=figures.key_of,
+        legend_keys=_legend_keys,
         threads_text=threads_text,
         marker_path=charts.marker_path,
         width=charts.WIDTH,
