@@ -1,6 +1,7 @@
 """The case registry, its models of work, the gate, the timing and the reports."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastseq.bench import build, command, families, gate, report, results, runner, screen
-from fastseq.bench.cases import RNN_SUITE, Case, CaseOptions, make_case, select
-from fastseq.bench.timing import interleave, summarize
+from fastseq.bench.cases import (
+    LAYERS,
+    QUICK,
+    REGISTRY,
+    RNN_SUITE,
+    SUITES,
+    Case,
+    CaseOptions,
+    from_record,
+    make_case,
+    select,
+)
 
 # What torch says about its own layers is not about ours.
 pytestmark = [
@@ -69,6 +80,67 @@ def test_grid_is_complete(layer: str, direction: str) -> None:
         (32, 512, 512),
         (64, 1024, 1024),
     }
+
+
+def test_every_case_is_registered_once_and_says_where_it_belongs() -> None:
+    assert SUITES["full"] == tuple(REGISTRY.values())
+    for name, case in REGISTRY.items():
+        assert case.name == name
+        assert case.tags
+        assert len(set(case.tags)) == len(case.tags)
+        for tag in case.tags:
+            assert case in SUITES[tag]
+    for suite, cases in SUITES.items():
+        assert cases
+        for case in cases:
+            assert suite == "full" or suite in case.tags
+
+
+def test_quick_is_a_little_of_everything() -> None:
+    quick = SUITES["quick"]
+    assert [case.name for case in quick] == list(QUICK)
+    assert 20 <= len(quick) <= 25
+    layers = {(case.layer, case.direction) for case in quick}
+    for direction in ("inference", "training"):
+        for layer in ("lstm", "gru", "rnn", "attention", "linear", "encoder"):
+            assert (layer, direction) in layers
+    assert {("mha", "inference"), ("layer_norm", "inference"), ("rms_norm", "training")} <= layers
+    assert {case.layer for case in quick} <= set(LAYERS)
+    assert "lstm-inference-T1-B1-H128" in QUICK
+    # No call of it may take much of the three minutes.
+    assert max(case.flops() for case in quick) < 6e10
+
+
+def test_heat_map_is_complete() -> None:
+    shapes = {(c.layer, c.direction, c.B, c.H) for c in SUITES["grid"] if isinstance(c, Case)}
+    assert len(shapes) == len(SUITES["grid"]) == 3 * 2 * 4 * 5
+    assert {(case.T, case.I == case.H, case.plain) for case in SUITES["grid"]} == {
+        (100, True, True)
+    }
+
+
+def test_sweeps_change_one_size() -> None:
+    lines: dict[tuple[str, int, int], list[int]] = {}
+    for case in SUITES["latency_vs_steps"]:
+        lines.setdefault((case.layer, case.B, case.H), []).append(case.T)
+        assert case.direction == "inference"
+    assert {key[:2] for key in lines} == {("lstm", 1), ("lstm", 16), ("gru", 1), ("gru", 16)}
+    assert {tuple(sorted(steps)) for steps in lines.values()} == {(1, 3, 10, 30, 100, 300, 1000)}
+    lengths = SUITES["memory_vs_length"]
+    assert [case.Sq for case in lengths] == [256, 512, 1024, 2048, 4096]
+    assert {case.direction for case in lengths} == {"training"}
+    assert all("peak_memory" in case.options.probes for case in lengths)
+
+
+def test_tags_change_no_name_and_survive_a_file() -> None:
+    case = REGISTRY["lstm-inference-T100-B16-H256"]
+    assert set(case.tags) == {"rnn", "grid", "latency_vs_steps"}
+    assert case.name == make_case("lstm", "inference", T=100, B=16, H=256).name
+    assert case.options.probes  # those of the suite that listed it first
+    record = json.loads(json.dumps(dataclasses.asdict(case)))
+    assert from_record(record) == case
+    del record["tags"]
+    assert from_record(record) == dataclasses.replace(case, tags=())
 
 
 def test_select_by_glob() -> None:
@@ -218,21 +290,6 @@ def test_a_failed_gate_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- runner and reports
 
 
-def test_interleave_visits_every_call_equally() -> None:
-    visited: list[str] = []
-    calls = {name: (lambda name=name: visited.append(name)) for name in "ab"}
-    timings = interleave(calls, seconds=0, minimum_visits=3, settle_seconds=0)
-    assert {timing.visits for timing in timings.values()} == {3}
-    assert "a" in visited
-    assert "b" in visited
-
-
-def test_summarize() -> None:
-    timing = summarize([1.0, 2.0, 3.0, 4.0, 5.0], calls_per_visit=1)
-    assert (timing.lower_quartile_s, timing.median_s, timing.upper_quartile_s) == (2.0, 3.0, 4.0)
-    assert summarize([1.0], calls_per_visit=1).upper_quartile_s == 1.0
-
-
 def tiny_results() -> list[runner.CaseResult]:
     cases = [
         make_case("lstm", "inference", T=1, B=1, H=8),
@@ -290,14 +347,11 @@ def test_plot_draws_every_case(tmp_path: Path) -> None:
     assert "T1 B1 H8" in svg
 
 
-def test_command_rejects_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["run", "--case", "nothing*"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
 def test_command_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["list", "--case", "lstm-*-T1-*"]) == 0
-    assert "lstm-inference-T1-B1-H128" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "lstm-inference-T1-B1-H128" in shown
+    assert "quick" in shown
 
 
 # --- what the repository shows

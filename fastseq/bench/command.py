@@ -53,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(arguments: argparse.Namespace) -> int:
     for case in select(arguments.suite, arguments.case):
-        print(f"{case.name}  {case.flops() / 1e9:.3g} GFLOP  {case.bytes() / 1e6:.3g} MB")
+        work = f"{case.flops() / 1e9:.3g} GFLOP  {case.bytes() / 1e6:.3g} MB"
+        print(f"{case.name}  {work}  {' '.join(case.tags)}")
     return 0
 
 

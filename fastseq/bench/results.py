@@ -193,9 +193,26 @@ def load(path: Path) -> tuple[list[CaseResult], dict[str, Any]]:
         raise ValueError(f"{path}: {error}") from error
 
 
+def check_writable(path: Path) -> None:
+    """Find out before the work, not after it, whether a result file can be written.
+
+    Raises:
+        OSError: It cannot.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory")
+    temporary = _temporary(path)
+    temporary.write_text("", encoding="utf-8")
+    temporary.unlink()
+
+
 def save(path: Path, document: dict[str, Any]) -> None:
     """Write a result file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
+    temporary = _temporary(path)
     temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def _temporary(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(path.name + ".part")

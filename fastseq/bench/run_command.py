@@ -142,10 +142,11 @@ class _Session:
     def run(self) -> int:
         import dataclasses
 
-        from fastseq.bench import runner
+        from fastseq.bench import results, runner
         from fastseq.bench.display import Display
 
-        self._save(complete=False)  # a file that cannot be written should not cost an hour
+        if self.file is not None:
+            results.check_writable(self.file)
         display = Display(self.machine, self.cases, self.plan)
         plan = dataclasses.replace(self.plan, on_phase=display.phase)
         interrupted = False
