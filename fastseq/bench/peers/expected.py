@@ -51,12 +51,17 @@ def agrees(built: AnyBuilt, output: dict[str, Tensor]) -> bool:
     Every result of torch has to be there, in its shape and dtype. Rows that are padding may hold
     anything.
     """
-    for name, theirs in expected(built).items():
+    return matches(built, output, expected(built))
+
+
+def matches(built: AnyBuilt, output: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    """The same with torch's results at hand."""
+    for name, exact in theirs.items():
         found = output.get(name)
-        if found is None or found.shape != theirs.shape or found.dtype != theirs.dtype:
+        if found is None or found.shape != exact.shape or found.dtype != exact.dtype:
             return False
         if isinstance(built, BuiltTransformer) and built.valid is not None:
-            found, theirs = found[built.valid], theirs[built.valid]
-        if not torch.allclose(found, theirs, rtol=_RELATIVE, atol=_ABSOLUTE):
+            found, exact = found[built.valid], exact[built.valid]
+        if not torch.allclose(found, exact, rtol=_RELATIVE, atol=_ABSOLUTE):
             return False
     return True
