@@ -20,6 +20,7 @@ import fastseq
 from fastseq import _config
 from fastseq.profiler import counters, roofs
 from fastseq.profiler.counters import Counters, HardwareCounters
+from fastseq.profiler.summary import shape_label
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +71,14 @@ def test_every_family_is_recorded() -> None:
     names = ["rnn_forward lstm", "attention_forward", "attention_decode", "linear_forward gelu"]
     found = [call.name for call in profile.calls]
     assert found == [*names, "norm_forward rms_norm"]
+    # A label is the sizes, and nothing that they imply.
+    assert [shape_label(call) for call in profile.calls] == [
+        "T2 B6 I8 H4",
+        "B1 Hq2 Sq20 Skv20 E8",
+        "B1 Hq2 Sq1 Skv20 E8",
+        "M12 K8 N6",
+        "M12 F8",
+    ]
     assert {call.dtype for call in profile.calls} == {"float64"}
     assert all(row.roof is not None for row in profile.rows(group="kernel"))
 

@@ -97,6 +97,9 @@ def shape_label(call: Call) -> str:
         elif name in _GRADIENTS:
             if not size:
                 words.append(_GRADIENTS[name])
+        elif name == "bias":
+            if not size:
+                words.append("no bias")
         elif name == "needs_input" and call.kernel == "linear_backward":
             if not size:
                 words.append(_GRADIENTS["needs_x"])
@@ -113,6 +116,10 @@ def _is_usual(name: str, size: int, shape: Any) -> bool:
         return size == shape.get("T", 0) * shape.get("B", 0)
     if name == "pairs":
         return size == shape.get("B", 0) * shape.get("Sq", 0) * shape.get("Skv", 0)
+    if name == "query_rows":
+        return size == shape.get("B", 0) * shape.get("Sq", 0)
+    if name == "key_rows":
+        return size == shape.get("B", 0) * shape.get("Skv", 0)
     if name == "Ev":
         return size == shape.get("E")
     if name == "Hkv":
