@@ -26,8 +26,7 @@ class AttentionOptions:
         dropout: Probability of dropping a weight.
         ragged: Key lengths uniform from an eighth of Skv to Skv, given as a key padding mask.
         need_weights: The module also returns the weights' mean over heads.
-        probes: Names of extra measurements; "read_bandwidth" sets the traffic beside what the
-            machine reads.
+        probes: Names of extra measurements, see ``fastseq.bench.probes``.
     """
 
     causal: bool = False
@@ -76,6 +75,7 @@ class AttentionCase:
         direction: "inference" (forward without gradients) or "training" (forward and backward,
             gradients for query, key, value and a bias).
         options: Everything else.
+        tags: Suites and figures that the case belongs to.
     """
 
     name: str
@@ -89,6 +89,7 @@ class AttentionCase:
     dtype: str = "float32"
     direction: Direction = "inference"
     options: AttentionOptions = field(default_factory=AttentionOptions)
+    tags: tuple[str, ...] = ()
 
     @property
     def plain(self) -> bool:
@@ -247,3 +248,16 @@ def attention_suite() -> list[AttentionCase]:
         for S in lengths:
             cases.append(make_attention_case("inference", B=1, H=4, S=S, E=64, options=options))
     return cases
+
+
+# Rows of one sequence in training, over which memory is followed.
+MEMORY_LENGTHS = (256, 512, 1024, 2048, 4096)
+
+
+def memory_cases() -> list[AttentionCase]:
+    """Training on one sequence that gets longer and longer."""
+    options = AttentionOptions(probes=("peak_memory",))
+    return [
+        make_attention_case("training", B=1, H=8, S=S, E=64, options=options)
+        for S in MEMORY_LENGTHS
+    ]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastseq.bench.cases import LAYERS
-from fastseq.bench.runner import CaseResult
+from fastseq.bench.machine import threads_text
+from fastseq.bench.results import CaseResult
 from fastseq.bench.transformer_cases import NORMS, STACKS, TransformerCase
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def draw(results: Sequence[CaseResult], machine: dict[str, Any], path: Path) -> 
     if any(isinstance(result.case, TransformerCase) for result in results):
         peer = "torch, eager or compiled, whichever is faster"
     figure.suptitle(
-        f"Speed-up over {peer}, {machine['threads']} threads, {machine['cpu']}",
+        f"Speed-up over {peer}, {threads_text(machine)}, {machine['cpu']}",
         color=_INK,
         fontsize=9,
     )

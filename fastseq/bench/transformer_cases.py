@@ -33,7 +33,7 @@ class TransformerOptions:
         ragged: An encoder's sequences have lengths uniform from an eighth of S to S, given as a
             key padding mask.
         memory: Generation attends to a memory of S rows, through cross-attention.
-        probes: Names of extra measurements, see ``fastseq.bench.transformer``.
+        probes: Names of extra measurements, see ``fastseq.bench.probes``.
     """
 
     activation: str | None = None
@@ -86,6 +86,7 @@ class TransformerCase:
         direction: "inference" (forward without gradients) or "training" (forward and backward,
             gradients for all inputs and parameters).
         options: Everything else.
+        tags: Suites and figures that the case belongs to.
     """
 
     name: str
@@ -99,6 +100,7 @@ class TransformerCase:
     dtype: str = "float32"
     direction: Direction = "inference"
     options: TransformerOptions = field(default_factory=TransformerOptions)
+    tags: tuple[str, ...] = ()
 
     @property
     def plain(self) -> bool:
