@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastseq.bench import model
 from fastseq.bench.cases import SUITES, select
 
 
@@ -39,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--suite", choices=list(SUITES), default="rnn")
     listing.add_argument("--case", metavar="GLOB", action="append", default=[])
     listing.set_defaults(action=_list)
+
+    model.add_command(commands)
 
     plot = commands.add_parser("plot", help="draw results as SVG")
     plot.add_argument("results", type=Path)
