@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from fastseq.bench.model_values import floating, map_tensors
 __all__ = ["Check", "Models", "check", "evaluate"]
 
 Results = dict[str, Tensor]
-State = Mapping[str, Tensor]
+State = Mapping[str, Any]
 
 _RUNS = 4
 # A float64 model's oracle has no spare digits: allow the rounding of a sum of this many terms.
@@ -114,7 +115,7 @@ def check(models: Models, example: Example, directions: Sequence[str], seed: int
     Raises:
         UserCodeError: the torch model raises.
     """
-    state = {name: tensor.clone() for name, tensor in models.torch.state_dict().items()}
+    state = {name: _copy(one) for name, one in models.torch.state_dict().items()}
     errors: list[TensorError] = []
     notes: list[str] = []
     for training in (False, True):
@@ -259,7 +260,16 @@ def _moved(state: State, example: Example, run: int) -> tuple[State, Example]:
         (example.args, example.kwargs),
         lambda t: _move(t.detach(), generator).requires_grad_(t.requires_grad),
     )
-    return {name: _move(t, generator) for name, t in state.items()}, Example(args, kwargs)
+    moved = {
+        name: _move(one, generator) if isinstance(one, Tensor) else one
+        for name, one in state.items()
+    }
+    return moved, Example(args, kwargs)
+
+
+def _copy(value: Any) -> Any:
+    """A state_dict may hold more than tensors."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _move(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -42,6 +42,8 @@ class Layer:
         calls: How often one forward of the model calls them, all together.
         timings: Seconds per call, by library.
         problem: Why there are no timings.
+        example: Its input.
+        autocast: The dtype of the autocast around it, if there is one.
     """
 
     names: list[str]
@@ -53,6 +55,7 @@ class Layer:
     timings: dict[str, Timing] = field(default_factory=dict)
     problem: str = ""
     example: Example | None = field(default=None, repr=False)
+    autocast: torch.dtype | None = None
 
     @property
     def converted(self) -> bool:
@@ -160,6 +163,8 @@ def find_layers(
             if layer is None:
                 layer = found[key] = Layer([], *shown, describe(args, kwargs))
                 layer.example = Example(*map_tensors((args, kwargs), _kept))
+                if torch.is_autocast_enabled("cpu"):
+                    layer.autocast = torch.get_autocast_dtype("cpu")
             layer.calls += 1
             if name not in layer.names:
                 layer.names.append(name)
@@ -256,7 +261,10 @@ def time_layers(
         yield layer
         libraries = (TORCH, OURS) if layer.converted else (TORCH,)
         try:
-            with torch.set_grad_enabled(training):
+            with ExitStack() as stack:
+                stack.enter_context(torch.set_grad_enabled(training))
+                if layer.autocast is not None:
+                    stack.enter_context(torch.autocast("cpu", layer.autocast))
                 calls = {}
                 for library in libraries:
                     module = models[library].get_submodule(layer.names[0])
