@@ -229,6 +229,7 @@ cdef extern from "fastseq.h" nogil:
     ctypedef size_t (*fastseq_rnn_reserve_function)(int64_t, int64_t, int64_t, int64_t) noexcept nogil
     ctypedef void (*fastseq_unary_function)(const void*, void*, int64_t) noexcept nogil
     ctypedef double (*fastseq_peak_function)(int, double) noexcept nogil
+    ctypedef double (*fastseq_memory_function)(int, int64_t, int, double) noexcept nogil
 
     struct fastseq_kernel_table:
         const char* isa
@@ -245,6 +246,7 @@ cdef extern from "fastseq.h" nogil:
         fastseq_norm_forward_function norm_forward[2]
         fastseq_norm_backward_function norm_backward[2]
         fastseq_peak_function fma_gflops[2]
+        fastseq_memory_function memory_gbytes
 
     int fastseq_isa_count()
     const char* fastseq_isa_name(int index)
@@ -253,3 +255,52 @@ cdef extern from "fastseq.h" nogil:
     const char* fastseq_cell_name(int cell)
     const char* fastseq_openmp_library()
     int fastseq_max_threads()
+
+
+cdef extern from "profile.h" nogil:
+    enum: FASTSEQ_PHASE_COUNT
+
+    struct fastseq_profile_slice:
+        int64_t phase
+        int64_t begin
+        int64_t end
+
+    struct fastseq_profile_thread:
+        int64_t begin
+        int64_t end
+        int64_t ticks[1]
+        int64_t counts[1]
+        int64_t slice_count
+        int64_t slices_dropped
+        fastseq_profile_slice* slices
+
+    struct fastseq_profile_size:
+        const char* name
+        int64_t value
+
+    struct fastseq_profile_call:
+        const char* kernel
+        const char* variant
+        const char* isa
+        int32_t dtype
+        int32_t threads
+        int64_t thread_id
+        int64_t begin
+        int64_t end
+        int64_t size_count
+        fastseq_profile_size sizes[1]
+        fastseq_profile_thread* records
+        fastseq_profile_call* next
+
+    struct fastseq_profile:
+        double ticks_per_second
+        int64_t begin
+        int64_t end
+        int64_t begin_time_ns
+        int64_t calls_dropped
+        fastseq_profile_call* calls
+
+    int fastseq_profile_start(int64_t max_calls, int64_t max_slices)
+    fastseq_profile* fastseq_profile_stop()
+    void fastseq_profile_free(fastseq_profile* profile)
+    const char* fastseq_phase_name(int phase)

@@ -12,6 +12,7 @@ from libc.string cimport memcpy, memset
 
 from fastseq._core cimport (
     FASTSEQ_CELL_COUNT,
+    FASTSEQ_PHASE_COUNT,
     fastseq_attention_backward,
     fastseq_attention_forward,
     fastseq_attention_shape,
@@ -31,6 +32,13 @@ from fastseq._core cimport (
     fastseq_norm_shape,
     fastseq_norm_statistics,
     fastseq_openmp_library,
+    fastseq_phase_name,
+    fastseq_profile,
+    fastseq_profile_call,
+    fastseq_profile_free,
+    fastseq_profile_start,
+    fastseq_profile_stop,
+    fastseq_profile_thread,
     fastseq_rnn_backward,
     fastseq_rnn_forward,
     fastseq_rnn_shape,
@@ -92,6 +100,21 @@ def fma_gflops(int dtype, int threads, double seconds):
     cdef double result
     with nogil:
         result = active.fma_gflops[dtype](threads, seconds)
+    return result
+
+
+def memory_gbytes(str kind, int64_t bytes_per_thread, int threads, double seconds):
+    """GB/s at which `threads` threads "read" an array each or "copy" one half of it onto the other, again and again."""
+    cdef double result
+    cdef int copies = kind == "copy"
+    if not copies and kind != "read":
+        raise ValueError(f"kind must be 'read' or 'copy', got {kind!r}")
+    if bytes_per_thread < 1024 or threads < 1:
+        raise ValueError(f"bytes_per_thread must be at least 1024 and threads at least 1, got {bytes_per_thread}, {threads}")
+    with nogil:
+        result = active.memory_gbytes(copies, bytes_per_thread, threads, seconds)
+    if result < 0:
+        raise MemoryError(f"memory_gbytes: no memory for {threads} times {bytes_per_thread} bytes")
     return result
 
 
@@ -328,3 +351,4 @@ include "_cpu_attention.pxi"
 include "_cpu_linear.pxi"
 include "_cpu_norm.pxi"
 include "_cpu_decoding.pxi"
+include "_cpu_profile.pxi"

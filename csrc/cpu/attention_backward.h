@@ -70,10 +70,12 @@ struct AttentionBackward {
     Buffers* buffers = lay_out(arena, threads, nullptr);
     lay_out(arena = Arena{arena.base}, threads, buffers);
     sizes.fill_spans();
+    sizes.profile_pairs();
     if (call.grad_bias.data) memset(call.grad_bias.data, 0, (size_t)call.grad_bias_elements * sizeof(T));
     auto body = [this, buffers](int rank, int size) {
       Team team{rank, size, &barrier};
       Range heads = split(sizes.batch * sizes.heads, size, rank);
+      enter_phase(Phase::pack);
       for (int64_t i = heads.begin; i < heads.end; ++i) {
         zero_unused_rows(i / sizes.heads, i % sizes.heads);
         if (splits > 1) prepare_head(shared_heads[i], i / sizes.heads, i % sizes.heads);
@@ -81,6 +83,7 @@ struct AttentionBackward {
       team.wait();
       for (int64_t piece; (piece = queue.take()) < units * splits;) run_unit(buffers[rank], piece / splits, piece % splits);
       team.wait();
+      enter_phase(Phase::join);
       if (splits > 1) {
         if (call.grad_query.data)
           for (int64_t i = heads.begin; i < heads.end; ++i) add_splits(i / sizes.heads, i % sizes.heads);
@@ -149,6 +152,7 @@ struct AttentionBackward {
     const SequenceSpan& span = sizes.spans[batch];
     int64_t count = (span.queries + W - 1) / W;
     T* grad_query = b.grad_query;
+    enter_phase(Phase::pack);
     if (splits > 1)
       grad_query = split_query + ((split_index * sizes.batch + batch) * sizes.heads + head) * panels * sizes.key_size * W;
     memset(grad_query, 0, (size_t)(count * sizes.key_size * W) * sizeof(T));
@@ -163,11 +167,13 @@ struct AttentionBackward {
       Range keys{block * key_block, minimum((block + 1) * key_block, all_keys)};
       bool touched = run_key_block(b, span, batch, kv_head, head, keys, grad_query);
       if (!touched && adds) continue;
+      enter_phase(Phase::output);
       if (call.grad_key.data)
         store_rows(b.grad_key, touched, adds, keys, span, batch, kv_head, call.grad_key, sizes.key_size, (T)shape.scale);
       if (call.grad_value.data)
         store_rows(b.grad_value, touched, adds, keys, span, batch, kv_head, call.grad_value, sizes.value_size, T(1));
     }
+    enter_phase(Phase::output);
     if (splits == 1 && call.grad_query.data) write_query(grad_query, batch, head);
   }
 
@@ -182,6 +188,7 @@ struct AttentionBackward {
     if (seen.count() <= 0) return false;
     Range queries = sizes.seen_from(span, seen.begin, seen.end - 1);
     if (queries.count() <= 0) return false;
+    enter_phase(Phase::pack);
     RowBlock<T> key_block_rows =
         key_rows<T>(shape, call.key, span, batch, kv_head, keys_in_use(keys, span), sizes.key_size, b.key_copy);
     RowBlock<T> value_block_rows =
@@ -218,15 +225,21 @@ struct AttentionBackward {
                                  weights, largest, b.cap_slope);
     if (kind == BlockKind::hidden) return {0, 0};
     RowBlock<T> values = value_block_rows.from(skipped);
+    enter_phase(Phase::values);
     for (T& value : unused) value = 0;
     multiply_rows(values.data, values.stride, part.count(), b.head.grad_output + p * sizes.value_size * W, sizes.value_size,
                   grad_scores, unused);
+    enter_phase(Phase::score_gradient);
     score_gradients(b, p, part, weights, grad_scores);
-    if (call.grad_bias.data) add_bias_gradient(lane_scores.panel, part, grad_scores);
+    if (call.grad_bias.data) {
+      enter_phase(Phase::bias_gradient);
+      add_bias_gradient(lane_scores.panel, part, grad_scores);
+    }
     if (shape.softcap != 0) {
       for (int64_t k = 0; k < part.count() * W; k += L) store(grad_scores + k, load(grad_scores + k) * load(b.cap_slope + k));
     }
     if (call.grad_query.data) {
+      enter_phase(Phase::query_gradient);
       alignas(64) T one[W];
       for (T& value : one) value = 1;
       weighted_sum(kind, key_block_rows.from(skipped), sizes.key_size, grad_scores, part.count(),
@@ -266,6 +279,7 @@ struct AttentionBackward {
   // dK and dV of the block from the buffers of `count` panels.
   void add_key_gradients(Buffers& b, const SequenceSpan& span, int64_t batch, int64_t head, int64_t first, int64_t count,
                          const Range* parts, Range keys) {
+    enter_phase(Phase::key_gradient);
     // Rows that a panel does not see hold something old.
     T* const buffers[] = {b.weights, b.grad_scores};
     for (int64_t i = 0; i < count; ++i)
@@ -282,9 +296,11 @@ struct AttentionBackward {
         if (parts[i].begin < rows.end && parts[i].end > rows.begin) seen = {minimum(seen.begin, i), i + 1};
       if (seen.count() <= 0) continue;
       int64_t query = (first + seen.begin) * W, queries = minimum((first + seen.end) * W, span.queries) - query;
+      enter_phase(Phase::value_gradient);
       if (call.grad_value.data)
         add_tile(b.weights, rows, seen.begin, call.grad_output, b.head.grad_output_rows, span, batch, head, query, queries,
                  sizes.value_size, b.grad_value);
+      enter_phase(Phase::key_gradient);
       if (call.grad_key.data)
         add_tile(b.grad_scores, rows, seen.begin, call.query, b.head.query_rows, span, batch, head, query, queries,
                  sizes.key_size, b.grad_key);
@@ -400,6 +416,14 @@ struct AttentionBackward {
 
 template <class T>
 int attention_backward(const fastseq_attention_backward* call) {
+  ProfiledCall profiled;
+  if (profiled.begins<T>("attention_backward", "")) {
+    profile_sizes(call->shape);
+    profile_size("needs_query", call->grad_query.data != nullptr);
+    profile_size("needs_key", call->grad_key.data != nullptr);
+    profile_size("needs_value", call->grad_value.data != nullptr);
+    profile_size("needs_bias", call->grad_bias.data != nullptr);
+  }
   return AttentionBackward<T>(*call).run();
 }
 

@@ -72,6 +72,7 @@ struct AttentionDecode {
     if (!arena.base) return FASTSEQ_OUT_OF_MEMORY;
     lay_out(arena, threads);
     sizes.fill_spans();
+    sizes.profile_pairs();
     auto body = [this](int rank, int size) {
       Team team{rank, size, &barrier};
       int64_t heads = sizes.batch * sizes.kv_heads;
@@ -85,6 +86,7 @@ struct AttentionDecode {
           run_split(rank, piece / splits / sizes.kv_heads, piece / splits % sizes.kv_heads, piece % splits);
       }
       team.wait();
+      enter_phase(Phase::join);
       Range mine = split(heads, size, rank);
       for (int64_t i = mine.begin; i < mine.end; ++i) join_splits(i / sizes.kv_heads, i % sizes.kv_heads);
     };
@@ -94,6 +96,7 @@ struct AttentionDecode {
 
   void run_split(int rank, int64_t batch, int64_t kv_head, int64_t split_index) {
     const SequenceSpan& span = sizes.spans[batch];
+    enter_phase(Phase::pack);
     int64_t piece = (batch * sizes.kv_heads + kv_head) * splits + split_index;
     int64_t rows = sizes.group * span.queries;
     if (rows == 0) return;
@@ -126,6 +129,7 @@ struct AttentionDecode {
     const SequenceSpan& span = sizes.spans[batch];
     const PanelScores<T>& lanes_of_rows = lane_scores[rank];
     using Seen = typename PanelScores<T>::Seen;
+    enter_phase(Phase::scores);
     Seen seen = shape.key_padding || shape.mask.data ? lanes_of_rows.seen(keys) : Seen::all;
     if (seen == Seen::none) return;
     T* row_scores = scores + rank * most_rows * score_stride;
@@ -135,6 +139,7 @@ struct AttentionDecode {
     bool in_window = unmarked || lanes_of_rows.all_in_window(keys);
     bool partly = !in_window || seen == Seen::some;
     if (partly || !sizes.plain_scores()) {
+      enter_phase(Phase::mask);
       // The rules for scores are written for queries in lanes.
       T* panel = panels + rank * key_block * W;
       alignas(64) T largest[W];
@@ -146,7 +151,9 @@ struct AttentionDecode {
         for (int64_t k = 0; k < keys.count(); ++k) row_scores[row * score_stride + k] = panel[k * W + row];
     }
     T shrink[most_rows];
+    enter_phase(Phase::softmax);
     for (int64_t row = 0; row < rows; ++row) weigh(row_scores + row * score_stride, keys.count(), partial, row, shrink[row]);
+    enter_phase(Phase::values);
     // A value that nobody sees may be NaN.
     bool skips = partly && !all_finite(values, keys.count(), sizes.value_size);
     add_values(values, keys.count(), row_scores, rows, shrink, skips, output);

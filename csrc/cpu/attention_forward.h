@@ -106,7 +106,9 @@ struct AttentionForward {
     Buffers* buffers = lay_out(arena, threads, nullptr);
     lay_out(arena = Arena{arena.base}, threads, buffers);
     sizes.fill_spans();
+    sizes.profile_pairs();
     auto body = [this, buffers](int rank, int size) {
+      enter_phase(Phase::output);
       zero_unused_rows(rank, size);
       bool averages = call.weights.data && call.average_weights;
       int64_t count = sizes.batch * (averages ? 1 : lists) * pieces_per_list;
@@ -183,17 +185,24 @@ struct AttentionForward {
     for_each_block(b, piece, true,
                    [&](int64_t p, Range part, BlockKind kind, const T* largest, RowBlock<T> values) FS_LAMBDA_INLINE {
                      RunningSoftmax<T>& softmax = b.softmax[p];
+                     enter_phase(Phase::softmax);
                      softmax.weigh(b.scores, part.count(), score_factor(sizes), largest);
-                     if (shape.dropout > 0) b.lane_dropout[p].apply(part, b.scores);
+                     if (shape.dropout > 0) {
+                       enter_phase(Phase::dropout);
+                       b.lane_dropout[p].apply(part, b.scores);
+                     }
+                     enter_phase(Phase::values);
                      weighted_sum(kind, values, sizes.value_size, b.scores, part.count(), output_panel(b, p),
                                   started[p] ? softmax.rescale : nullptr);
                      started[p] = true;
                    });
+    enter_phase(Phase::output);
     for (int64_t p = 0; p < piece.panels; ++p) finish_panel(b, piece, p, started[p]);
     if (call.weights.data) write_weights(b, piece);
   }
 
   Piece prepare(Buffers& b, int64_t batch, int64_t list, int64_t index) {
+    enter_phase(Phase::pack);
     const SequenceSpan& span = sizes.spans[batch];
     int64_t first_head = merges_heads ? list * sizes.group : list;
     int64_t rows = span.queries * (merges_heads ? sizes.group : 1);
@@ -230,6 +239,7 @@ struct AttentionForward {
     alignas(64) T largest[W];
     for (int64_t begin = piece.keys.begin; begin < piece.keys.end; begin += key_block) {
       Range block{begin, minimum(begin + key_block, piece.keys.end)};
+      if (b.key_copy || b.value_copy) enter_phase(Phase::pack);
       RowBlock<T> keys =
           key_rows<T>(shape, call.key, *piece.span, piece.batch, piece.kv_head, block, sizes.key_size, b.key_copy);
       RowBlock<T> values{};
@@ -276,6 +286,7 @@ struct AttentionForward {
     }
     for_each_block(b, piece, false, [&](int64_t p, Range part, BlockKind, const T*, RowBlock<T>) FS_LAMBDA_INLINE {
       const Panel<T>& panel = b.lane_scores[p].panel;
+      enter_phase(Phase::output);
       alignas(64) T factor[W];
       T* row_of[W];
       for (int64_t lane = 0; lane < W; ++lane) {
@@ -294,7 +305,10 @@ struct AttentionForward {
 
 template <class T>
 int attention_forward(const fastseq_attention_forward* call) {
-  if (AttentionDecode<T>::applies(*call)) return AttentionDecode<T>(*call).run();
+  bool decodes = AttentionDecode<T>::applies(*call);
+  ProfiledCall profiled;
+  if (profiled.begins<T>(decodes ? "attention_decode" : "attention_forward", "")) profile_sizes(call->shape);
+  if (decodes) return AttentionDecode<T>(*call).run();
   return AttentionForward<T>(*call).run();
 }
 

@@ -208,14 +208,20 @@ FS_INLINE BlockKind score_block(const PanelScores<T>& lane_scores, const T* quer
                                 T* cap_slope = nullptr) {
   using Seen = typename PanelScores<T>::Seen;
   const AttentionSizes<T>& sizes = *lane_scores.sizes;
-  Seen seen = lane_scores.padding || lane_scores.mask[0] ? lane_scores.seen(keys) : Seen::all;
+  Seen seen = Seen::all;
+  if (lane_scores.padding || lane_scores.mask[0]) {
+    enter_phase(Phase::mask);
+    seen = lane_scores.seen(keys);
+  }
   if (seen == Seen::none) return BlockKind::hidden;
+  enter_phase(Phase::scores);
   bool in_window = lane_scores.all_in_window(keys);
   store(largest, negative_infinity<T>());
   store(largest + lanes<T>, negative_infinity<T>());
   multiply_rows(key_rows.data, key_rows.stride, keys.count(), query_panel, sizes.key_size, scores, largest);
   bool partial = !in_window || seen == Seen::some;
   if (partial || !sizes.plain_scores()) {
+    enter_phase(Phase::mask);
     bool hides = lane_scores.adjust(keys, in_window, seen == Seen::some, scores, largest, cap_slope);
     partial = partial || hides;
   }

@@ -28,6 +28,16 @@ FS_INLINE T* row_at(const fastseq_rows& tensor, int64_t batch, int64_t head, int
   return (T*)tensor.data + batch * tensor.batch_stride + head * tensor.head_stride + row;
 }
 
+FS_INLINE void profile_sizes(const fastseq_attention_shape& shape) {
+  profile_size("B", shape.batch);
+  profile_size("Hq", shape.heads);
+  profile_size("Hkv", shape.kv_heads);
+  profile_size("Sq", shape.queries);
+  profile_size("Skv", shape.keys);
+  profile_size("E", shape.key_size);
+  profile_size("Ev", shape.value_size);
+}
+
 template <class T>
 struct AttentionSizes {
   static constexpr int64_t W = panel_width<T>;
@@ -62,6 +72,20 @@ struct AttentionSizes {
         while (span.unpadded.begin < span.unpadded.end && padding[span.unpadded.begin]) ++span.unpadded.begin;
       }
     }
+  }
+
+  // (query, key) pairs of one head over all sequences; what masks and biases hide by their values is not looked into.
+  int64_t visible_pairs() const {
+    int64_t pairs = 0;
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t query = 0; query < spans[b].queries; ++query) {
+        int64_t position = query + spans[b].shift;
+        pairs += maximum(0, visible(spans[b], position, position).count());
+      }
+    return pairs;
+  }
+  void profile_pairs() const {
+    if (__builtin_expect(fastseq_profiling, 0)) profile_size("pairs", visible_pairs());
   }
 
   // Keys that some query at positions [first, last] may see.
@@ -197,12 +221,6 @@ FS_INLINE RowBlock<T> key_rows(const fastseq_attention_shape& shape, const fasts
     memcpy(copy + (key - keys.begin) * stride, key_row<T>(shape, tensor, span, batch, head, key), (size_t)size * sizeof(T));
   return {copy, stride};
 }
-
-// Work handed out piece by piece; which thread does a piece does not change its bits.
-struct WorkQueue {
-  alignas(64) int64_t next = 0;
-  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
-};
 
 }  // namespace
 }  // namespace fastseq::FS_ISA

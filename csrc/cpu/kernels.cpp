@@ -9,6 +9,20 @@
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
 
+namespace fastseq::FS_ISA {
+namespace {
+
+template <class Cell>
+constexpr const char* cell_name = nullptr;
+#define FASTSEQ_CELL(name, Struct) \
+  template <>                      \
+  constexpr const char* cell_name<Struct> = #name;
+#include "../cells/cells.def"
+#undef FASTSEQ_CELL
+
+}  // namespace
+}  // namespace fastseq::FS_ISA
+
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "linear_backward.h"
@@ -19,8 +33,6 @@
 #include "rnn_backward.h"
 #include "rnn_forward.h"
 
-#define FS_STRING_OF(name) #name
-#define FS_STRING(name) FS_STRING_OF(name)
 #define FS_JOIN_OF(a, b) a##b
 #define FS_JOIN(a, b) FS_JOIN_OF(a, b)
 
@@ -70,4 +82,5 @@ const fastseq_kernel_table FS_JOIN(fastseq_table_, FS_ISA) = {
     {norm_forward<float>, norm_forward<double>},
     {norm_backward<float>, norm_backward<double>},
     {fma_gflops<float>, fma_gflops<double>},
+    memory_gbytes,
 };

@@ -21,6 +21,8 @@ struct LinearBackward {
   // Larger layers are done in pieces, so that scratch memory stays small whatever the layer's size.
   static constexpr int64_t most_inputs = 4096, most_outputs = 4096;
 
+  struct Queues;
+
   struct Buffers {
     int64_t rows;       // of a chunk
     T* packed_weight;   // [input panels][outputs of the piece][W]
@@ -31,6 +33,13 @@ struct LinearBackward {
     T* column_sums;     // [row_width], of a chunk
     T* tile;            // [threads][R][block_stride] of dz
     T* edge;            // [rows][W], rows of grad_x in a panel that is not full
+    Queues* queues;     // [2]
+  };
+
+  // One set serves a chunk of rows while the other, which no thread looks at any more, is made ready for the next chunk.
+  struct Queues {
+    RangeQueue gradient, grad_x, grad_weight;
+    WorkQueue weights, inputs, in_place, columns;
   };
 
   const fastseq_linear_backward& call;
@@ -56,6 +65,7 @@ struct LinearBackward {
     b.column_sums = arena.take<T>(row_width);
     b.tile = arena.take<T>(threads * R * block_stride<T>);
     b.edge = arena.take<T>(rows * W);
+    b.queues = arena.take<Queues>(2);
   }
 
   // dz is grad_output as it is.
@@ -73,12 +83,14 @@ struct LinearBackward {
     arena = Arena{(char*)fastseq_workspace(arena.used)};
     if (!arena.base) return FASTSEQ_OUT_OF_MEMORY;
     lay_out(arena, threads);
+    b.queues[0] = Queues{};
     Barrier barrier;
     auto body = [&](int rank, int size) {
       Team team{rank, size, &barrier};
+      int64_t chunk = 0;
       for (int64_t input = 0; input < shape.inputs; input += piece_inputs)
         for (int64_t output = 0; output < shape.outputs; output += piece_outputs)
-          run_piece(team, Range{input, minimum(input + piece_inputs, shape.inputs)},
+          run_piece(team, chunk, Range{input, minimum(input + piece_inputs, shape.inputs)},
                     Range{output, minimum(output + piece_outputs, shape.outputs)});
     };
     run_parallel(threads, body);
@@ -98,43 +110,53 @@ struct LinearBackward {
     arena = Arena{(char*)fastseq_workspace(arena.used)};
     if (!arena.base) return FASTSEQ_OUT_OF_MEMORY;
     lay_out(arena, 1);
+    b.queues[0] = Queues{};
     Barrier barrier;
     auto body = [&](int rank, int size) {
       Team team{rank, size, &barrier};
+      int64_t chunk = 0;
       for (int64_t output = 0; output < shape.outputs; output += piece_outputs)
-        run_piece(team, Range{0, 0}, Range{output, minimum(output + piece_outputs, shape.outputs)});
+        run_piece(team, chunk, Range{0, 0}, Range{output, minimum(output + piece_outputs, shape.outputs)});
     };
     run_parallel(1, body);
     return FASTSEQ_OK;
   }
 
-  void run_piece(Team team, Range inputs, Range outputs) {
+  // `chunk` counts the chunks of rows over all pieces.
+  void run_piece(Team team, int64_t& chunk, Range inputs, Range outputs) {
     int64_t panels = (inputs.count() + W - 1) / W;
     team.wait();  // others may still read the last piece's panels
+    enter_phase(Phase::pack);
     if (call.grad_x.data) {
       const T* weight = (const T*)call.weight;  // [O, K]
-      Range mine = split(panels, team.size, team.rank);
-      for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
+      for (int64_t panel; (panel = b.queues[chunk % 2].weights.take()) < panels;) {
         int64_t column = inputs.begin + panel * W;
         if (shape.rows <= in_place_rows && column + W <= inputs.end) continue;
         pack_rows<T>([&](int64_t k) { return weight + (outputs.begin + k) * shape.inputs + column; },
                      minimum(W, inputs.end - column), outputs.count(), b.packed_weight + panel * outputs.count() * W);
       }
     }
-    for (int64_t row = 0; row < shape.rows; row += chunk_rows) {
+    for (int64_t row = 0; row < shape.rows; row += chunk_rows, ++chunk) {
       Range rows{row, minimum(row + chunk_rows, shape.rows)};
+      Queues& queues = b.queues[chunk % 2];
       if (row) team.wait();  // others may still read the last chunk
-      make_gradient(team, rows, outputs);
-      if (call.grad_weight) pack_inputs(team, rows, inputs, panels);
+      enter_phase(Phase::activation_gradient);
+      make_gradient(team, queues.gradient, rows, outputs);
+      enter_phase(Phase::pack);
+      if (call.grad_weight) pack_inputs(queues.inputs, rows, inputs, panels);
       team.wait();
+      if (team.rank == 0) b.queues[(chunk + 1) % 2] = Queues{};
       if (call.grad_x.data) {
+        enter_phase(Phase::input_gradient);
         if (shape.rows <= in_place_rows)
-          multiply_weight_in_place(team, rows, inputs, outputs, panels);
+          multiply_weight_in_place(team, queues.in_place, rows, inputs, outputs, panels);
         else
-          multiply_weight(team, rows, inputs, outputs, panels);
+          multiply_weight(team, queues.grad_x, rows, inputs, outputs, panels);
       }
-      if (call.grad_weight) multiply_inputs(team, rows, inputs, outputs, panels);
-      if (call.grad_bias && !inputs.begin) sum_columns(team, rows, outputs);
+      enter_phase(Phase::weight_gradient);
+      if (call.grad_weight) multiply_inputs(team, queues.grad_weight, rows, inputs, outputs, panels);
+      enter_phase(Phase::bias_gradient);
+      if (call.grad_bias && !inputs.begin) sum_columns(queues.columns, rows, outputs);
     }
   }
 
@@ -144,11 +166,15 @@ struct LinearBackward {
     return {b.gradient, row_width};
   }
 
-  // This thread's rows of dz, in rows and in tiles. A few rows at a time: one row of a tile is a fraction of a page, and a
+  // dz, in rows and in tiles. A few rows at a time: one row of a tile is a fraction of a page, and a
   // row of dz touches every tile.
-  void make_gradient(Team team, Range rows, Range outputs) {
-    Range mine = split(rows.count(), team.size, team.rank);
+  void make_gradient(Team team, RangeQueue& queue, Range rows, Range outputs) {
     fastseq_matrix gradient = gradient_of(rows, outputs);
+    for (Range mine; (mine = queue.take(rows.count(), row_batch, row_batch, chunk_rows, team.size)).count();)
+      make_rows(mine, gradient, rows, outputs);
+  }
+
+  void make_rows(Range mine, fastseq_matrix gradient, Range rows, Range outputs) {
     for (int64_t first = mine.begin; first < mine.end; first += row_batch) {
       const T* source[row_batch];
       int64_t count = minimum(row_batch, mine.end - first);
@@ -216,19 +242,23 @@ struct LinearBackward {
     }
   }
 
-  void pack_inputs(Team team, Range rows, Range inputs, int64_t panels) {
-    Range mine = split(panels, team.size, team.rank);
-    for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
+  void pack_inputs(WorkQueue& queue, Range rows, Range inputs, int64_t panels) {
+    for (int64_t panel; (panel = queue.take()) < panels;) {
       int64_t column = inputs.begin + panel * W;
       pack_rows<T>([&](int64_t k) { return at<T>(call.x, rows.begin + k, column); }, minimum(W, inputs.end - column),
                    rows.count(), b.x_panels + panel * b.rows * W);
     }
   }
 
-  // grad_x (+)= dz W for this thread's rows of the chunk.
-  void multiply_weight(Team team, Range rows, Range inputs, Range outputs, int64_t panels) {
+  // grad_x (+)= dz W.
+  void multiply_weight(Team team, RangeQueue& queue, Range rows, Range inputs, Range outputs, int64_t panels) {
+    // As many rows at a time as leave their sums in L2.
+    for (Range mine;
+         (mine = queue.take(rows.count(), R, LinearForward<T>::least_rows, LinearForward<T>::chunk_rows, team.size)).count();)
+      multiply_weight(team, mine, rows, inputs, outputs, panels);
+  }
+  void multiply_weight(Team team, Range mine, Range rows, Range inputs, Range outputs, int64_t panels) {
     alignas(64) static constexpr T zeros[W] = {};
-    Range mine = split(rows.count(), team.size, team.rank);
     T* edge = b.edge;
     auto is_edge = [&](int64_t panel) { return inputs.begin + (panel + 1) * W > inputs.end; };
     auto row_at = [&](int64_t row, int64_t panel) { return at<T>(call.grad_x, rows.begin + row, inputs.begin + panel * W); };
@@ -237,33 +267,34 @@ struct LinearBackward {
     if (adds && is_edge(panels - 1))
       for (int64_t row = mine.begin; row < mine.end; ++row)
         memcpy(edge + row * W, row_at(row, panels - 1), (size_t)last_columns * sizeof(T));
-    // As many rows at a time as leave their sums in L2.
-    constexpr int64_t block_rows = LinearForward<T>::chunk_rows;
     fastseq_matrix gradient = gradient_of(rows, outputs);
     T* tile = b.tile + team.rank * R * block_stride<T>;
-    for (int64_t row = mine.begin; row < mine.end; row += block_rows)
-      multiply_blocked<T>(
-          [&](int64_t i, int64_t count, int64_t k, int64_t step) {
-            return copy_tile(at<T>(gradient, i, k), gradient.row_stride, count, step, tile);
-          },
-          Range{row, minimum(row + block_rows, mine.end)}, 0, outputs.count(), b.packed_weight, Range{0, panels},
-          [&](int64_t row, int64_t panel) {
-            bool through_edge = is_edge(panel);
-            T* c = through_edge ? edge + row * W : row_at(row, panel);
-            int64_t stride = through_edge ? W : call.grad_x.row_stride;
-            return TilePlace<T>{c, stride, adds ? c : zeros, adds ? stride : 0};
-          },
-          [&](int64_t row, int64_t count, int64_t panel) {
-            if (is_edge(panel))
-              for (int64_t r = row; r < row + count; ++r)
-                memcpy(row_at(r, panel), edge + r * W, (size_t)last_columns * sizeof(T));
-          });
+    multiply_blocked<T>(
+        [&](int64_t i, int64_t count, int64_t k, int64_t step) {
+          return copy_tile(at<T>(gradient, i, k), gradient.row_stride, count, step, tile);
+        },
+        mine, 0, outputs.count(), b.packed_weight, Range{0, panels},
+        [&](int64_t row, int64_t panel) {
+          bool through_edge = is_edge(panel);
+          T* c = through_edge ? edge + row * W : row_at(row, panel);
+          int64_t stride = through_edge ? W : call.grad_x.row_stride;
+          return TilePlace<T>{c, stride, adds ? c : zeros, adds ? stride : 0};
+        },
+        [&](int64_t row, int64_t count, int64_t panel) {
+          if (is_edge(panel))
+            for (int64_t r = row; r < row + count; ++r)
+              memcpy(row_at(r, panel), edge + r * W, (size_t)last_columns * sizeof(T));
+        });
   }
 
-  // The same for few rows: this thread's columns of all of them.
-  void multiply_weight_in_place(Team team, Range rows, Range inputs, Range outputs, int64_t panels) {
+  // The same for few rows: some columns of all of them.
+  void multiply_weight_in_place(Team team, WorkQueue& queue, Range rows, Range inputs, Range outputs, int64_t panels) {
+    int64_t runs = minimum(panels, 4 * team.size);
+    for (int64_t run; (run = queue.take()) < runs;)
+      multiply_weight_in_place(team, split(panels, runs, run), rows, inputs, outputs);
+  }
+  void multiply_weight_in_place(Team team, Range mine, Range rows, Range inputs, Range outputs) {
     alignas(64) static constexpr T zeros[W] = {};
-    Range mine = split(panels, team.size, team.rank);
     int64_t tiles = tile_count(rows.count());
     EvenSplit tile_rows(rows.count(), tiles);
     fastseq_matrix gradient = gradient_of(rows, outputs);
@@ -289,11 +320,14 @@ struct LinearBackward {
     }
   }
 
-  // grad_weight (+)= dz^T x for this thread's outputs.
-  void multiply_inputs(Team team, Range rows, Range inputs, Range outputs, int64_t panels) {
+  // grad_weight (+)= dz^T x.
+  void multiply_inputs(Team team, RangeQueue& queue, Range rows, Range inputs, Range outputs, int64_t panels) {
+    for (Range mine; (mine = queue.take(tile_count(outputs.count()), 1, 2, 64, team.size)).count();)
+      multiply_inputs(mine, rows, inputs, outputs, panels);
+  }
+  void multiply_inputs(Range mine, Range rows, Range inputs, Range outputs, int64_t panels) {
     alignas(64) static constexpr T zeros[W] = {};
     constexpr int64_t group = (384 << 10) / (chunk_rows * W * (int64_t)sizeof(T)) + 1;
-    Range mine = split(tile_count(outputs.count()), team.size, team.rank);
     bool adds = rows.begin > 0;
     for (int64_t first = 0; first < panels; first += group) {
       int64_t last = minimum(first + group, panels);
@@ -324,9 +358,14 @@ struct LinearBackward {
     for (int64_t r = 0; r < count; ++r) memcpy(c + r * c_stride, full + r * W, (size_t)columns * sizeof(T));
   }
 
-  // grad_bias (+)= column sums of dz for this thread's outputs.
-  void sum_columns(Team team, Range rows, Range outputs) {
-    Range mine = split((outputs.count() + L - 1) / L, team.size, team.rank);
+  // grad_bias (+)= column sums of dz.
+  void sum_columns(WorkQueue& queue, Range rows, Range outputs) {
+    constexpr int64_t vectors = 8;
+    int64_t all = (outputs.count() + L - 1) / L;
+    for (int64_t first; (first = queue.take() * vectors) < all;)
+      sum_columns(Range{first, minimum(first + vectors, all)}, rows, outputs);
+  }
+  void sum_columns(Range mine, Range rows, Range outputs) {
     fastseq_matrix gradient = gradient_of(rows, outputs);
     // Sums of sixteen rows, of those in a chunk, of the chunks: one running sum would lose digits.
     for (int64_t first = 0; first < rows.count(); first += 16)
@@ -347,6 +386,13 @@ struct LinearBackward {
 
 template <class T>
 int linear_backward(const fastseq_linear_backward* call) {
+  ProfiledCall profiled;
+  if (profiled.begins<T>("linear_backward", activation_name(call->shape.activation))) {
+    profile_sizes(call->shape);
+    profile_size("needs_input", call->grad_x.data != nullptr);
+    profile_size("needs_weight", call->grad_weight != nullptr);
+    profile_size("needs_bias", call->grad_bias != nullptr);
+  }
   return LinearBackward<T>(*call).run();
 }
 

@@ -23,6 +23,18 @@ FS_INLINE int linear_threads(int64_t rows, int64_t inputs, int64_t outputs, int 
   return products < (double)worth_a_thread ? 1 : threads;
 }
 
+FS_INLINE void profile_sizes(const fastseq_linear_shape& shape) {
+  profile_size("M", shape.rows);
+  profile_size("K", shape.inputs);
+  profile_size("N", shape.outputs);
+  profile_size("dropout", shape.dropout > 0);
+}
+
+FS_INLINE const char* activation_name(int activation) {
+  static constexpr const char* names[FASTSEQ_ACTIVATION_COUNT] = {"", "relu", "gelu", "gelu_tanh", "silu"};
+  return names[activation];
+}
+
 // What happens to complete sums on their way out, one dropout_group of columns of a few rows at a time.
 template <class T>
 struct LinearEpilogue {
@@ -84,9 +96,13 @@ template <class T>
 struct LinearForward {
   static constexpr int64_t W = panel_width<T>, L = lanes<T>;
   static constexpr int64_t few_rows = 8;
+  // Sums from here on are long enough to tell their epilogue from them.
+  static constexpr int64_t timed_depth = 256;
   // Many rows: as many at a time as leave their sums in L2 beside a group of panels, and panels that fit L3 (one at least).
   static constexpr int64_t chunk_rows = FS_TILE_ROWS * (126 / FS_TILE_ROWS);
   static constexpr int64_t packed_bytes = 8 << 20;
+  // A thread that takes rows reads the panels from L3 for them: fewer are not worth it.
+  static constexpr int64_t least_rows = 2 * FS_TILE_ROWS;
   // Some rows: outputs that are computed before they are transposed, and panels of x that stay in L2 meanwhile.
   static constexpr int64_t output_block = FS_TILE_ROWS == 14 ? 224 : 96;
   static constexpr int64_t panel_group = 8;
@@ -95,14 +111,12 @@ struct LinearForward {
   const fastseq_linear_shape& shape;
   const T* weight;  // [O, K]
   int64_t depth;    // K
-  int64_t groups;   // of dropout_group outputs; the unit in which outputs are dealt to threads
 
   explicit LinearForward(const fastseq_linear_forward& call)
       : call(call),
         shape(call.shape),
         weight((const T*)call.weight),
-        depth(call.shape.inputs),
-        groups((call.shape.outputs + dropout_group - 1) / dropout_group) {}
+        depth(call.shape.inputs) {}
 
   int run() {
     if (!shape.rows || !shape.outputs) return FASTSEQ_OK;
@@ -117,9 +131,10 @@ struct LinearForward {
 
   int useful_threads() const { return linear_threads(shape.rows, depth, shape.outputs, shape.threads); }
 
-  Range my_outputs(int rank, int size) const {
-    Range mine = split(groups, size, rank);
-    return {mine.begin * dropout_group, minimum(mine.end * dropout_group, shape.outputs)};
+
+  // The next outputs to work on, whole groups of dropout.
+  Range next_outputs(RangeQueue& queue, int64_t least, int64_t most, int size) const {
+    return queue.take(shape.outputs, dropout_group, least, most, size);
   }
 
   int run_empty_sum() {
@@ -136,17 +151,19 @@ struct LinearForward {
 
   int run_few() {
     LinearEpilogue<T> epilogue(call, (const T*)call.bias);
-    auto body = [&](int rank, int size) {
+    RangeQueue queue;
+    auto body = [&](int, int size) {
       alignas(64) T sums[few_rows * dropout_group];
-      Range mine = my_outputs(rank, size);
-      for (int64_t column = mine.begin; column < mine.end; column += dropout_group) {
-        int64_t columns = minimum(dropout_group, mine.end - column);
-        for (int64_t v = 0; v < columns; v += L)
-          for (int64_t row = 0; row < shape.rows; ++row)
-            store(sums + row * dropout_group + v, dot_rows(weight + (column + v) * depth, minimum(L, columns - v),
-                                                           plain_row<T>(at<T>(call.x, row, 0)), depth, Vec<T>{}));
-        epilogue.apply(sums, dropout_group, 0, shape.rows, column, columns);
-      }
+      enter_phase(Phase::product);  // the epilogue of so few rows goes under it
+      for (Range mine; (mine = next_outputs(queue, dropout_group, shape.outputs, size)).count();)
+        for (int64_t column = mine.begin; column < mine.end; column += dropout_group) {
+          int64_t columns = minimum(dropout_group, mine.end - column);
+          for (int64_t v = 0; v < columns; v += L)
+            for (int64_t row = 0; row < shape.rows; ++row)
+              store(sums + row * dropout_group + v, dot_rows(weight + (column + v) * depth, minimum(L, columns - v),
+                                                             plain_row<T>(at<T>(call.x, row, 0)), depth, Vec<T>{}));
+          epilogue.apply(sums, dropout_group, 0, shape.rows, column, columns);
+        }
     };
     run_parallel(useful_threads(), body);
     return FASTSEQ_OK;
@@ -163,7 +180,9 @@ struct LinearForward {
   int run_some() {
     int64_t x_panels = (shape.rows + W - 1) / W;
     int threads = useful_threads();
+    RangeQueue* queues = nullptr;
     auto lay_out = [&](Arena& arena, RowLanes* table) {
+      queues = arena.take<RangeQueue>((x_panels + panel_group - 1) / panel_group);
       T* panels = arena.take<T>(x_panels * depth * W);
       for (int i = 0; i < threads; ++i) {
         T* sums = arena.take<T>(minimum(panel_group, x_panels) * output_block * W);
@@ -180,22 +199,27 @@ struct LinearForward {
     lay_out(arena, table);
     LinearEpilogue<T> epilogue(call, (const T*)call.bias);
     Barrier barrier;
+    WorkQueue packs;
+    int64_t groups = (x_panels + panel_group - 1) / panel_group;
+    for (int64_t i = 0; i < groups; ++i) queues[i] = RangeQueue{};
     auto body = [&](int rank, int size) {
       Team team{rank, size, &barrier};
-      Range packs = split(x_panels, size, rank);
-      for (int64_t panel = packs.begin; panel < packs.end; ++panel)
+      enter_phase(Phase::pack);
+      for (int64_t panel; (panel = packs.take()) < x_panels;)
         pack_transposed(at<T>(call.x, panel * W, 0), call.x.row_stride, minimum(W, shape.rows - panel * W), depth,
                         table[0].panels + panel * depth * W);
       team.wait();
-      Range mine = my_outputs(rank, size);
-      for (int64_t first = 0; first < x_panels; first += panel_group)
-        for (int64_t output = mine.begin; output < mine.end; output += output_block) {
-          Range block{output, minimum(output + output_block, mine.end)};
-          Range panels{first, minimum(first + panel_group, x_panels)};
+      for (int64_t first = 0; first < x_panels; first += panel_group) {
+        Range panels{first, minimum(first + panel_group, x_panels)};
+        RangeQueue& queue = queues[first / panel_group];
+        for (Range block; (block = next_outputs(queue, 2 * dropout_group, output_block, size)).count();) {
+          enter_phase(Phase::product);
           multiply_in_lanes(table[rank], block, panels);
+          enter_phase(Phase::epilogue);
           for (int64_t panel = panels.begin; panel < panels.end; ++panel)
             write_transposed(epilogue, table[rank].sums + (panel - first) * output_block * W, block, panel);
         }
+      }
     };
     run_parallel(threads, body);
     return FASTSEQ_OK;
@@ -253,7 +277,12 @@ struct LinearForward {
     int64_t part_panels = maximum(unit, packed_bytes / (depth * W * (int64_t)sizeof(T)) / unit * unit);
     part_panels = minimum(part_panels, all_panels);
     int threads = useful_threads();
+    int64_t parts = (all_panels + part_panels - 1) / part_panels;
+    WorkQueue* packs = nullptr;
+    RangeQueue* queues = nullptr;
     auto lay_out = [&](Arena& arena, Packed* table) {
+      packs = arena.take<WorkQueue>(parts);
+      queues = arena.take<RangeQueue>(parts);
       T* panels = arena.take<T>(part_panels * depth * W);
       T* bias = arena.take<T>(all_panels * W);
       for (int i = 0; i < threads; ++i) {
@@ -271,21 +300,24 @@ struct LinearForward {
     lay_out(arena, table);
     for (int64_t i = 0; i < all_panels * W; ++i)
       table[0].bias[i] = call.bias && i < shape.outputs ? ((const T*)call.bias)[i] : T(0);
+    for (int64_t i = 0; i < parts; ++i) {
+      packs[i] = WorkQueue{};
+      queues[i] = RangeQueue{};
+    }
     LinearEpilogue<T> epilogue(call, nullptr);
     Barrier barrier;
     auto body = [&](int rank, int size) {
       Team team{rank, size, &barrier};
-      Range mine = split(shape.rows, size, rank);
-      for (int64_t first = 0; first < all_panels; first += part_panels) {
-        if (first) team.wait();  // others may still read the panels
-        int64_t count = minimum(part_panels, all_panels - first);
-        Range packs = split(count, size, rank);
-        for (int64_t i = packs.begin; i < packs.end; ++i)
+      for (int64_t part = 0; part < parts; ++part) {
+        if (part) team.wait();  // others may still read the panels
+        int64_t first = part * part_panels, count = minimum(part_panels, all_panels - first);
+        enter_phase(Phase::pack);
+        for (int64_t i; (i = packs[part].take()) < count;)
           pack_transposed(weight + (first + i) * W * depth, depth, minimum(W, shape.outputs - (first + i) * W), depth,
                           table[0].panels + i * depth * W);
         team.wait();
-        for (int64_t row = mine.begin; row < mine.end; row += chunk_rows)
-          multiply_chunk(table[rank], epilogue, Range{row, minimum(row + chunk_rows, mine.end)}, first, count);
+        for (Range rows; (rows = queues[part].take(shape.rows, FS_TILE_ROWS, least_rows, chunk_rows, size)).count();)
+          multiply_chunk(table[rank], epilogue, rows, first, count);
       }
     };
     run_parallel(threads, body);
@@ -296,6 +328,7 @@ struct LinearForward {
   void multiply_chunk(Packed& buffers, const LinearEpilogue<T>& epilogue, Range rows, int64_t first, int64_t count) {
     constexpr int64_t unit = dropout_group / (W < dropout_group ? W : dropout_group);  // panels to an epilogue
     bool trivial = epilogue.is_trivial();
+    enter_phase(Phase::product);
     multiply_blocked<T>(
         [&](int64_t row, int64_t row_count, int64_t k, int64_t step) {
           return copy_tile(at<T>(call.x, rows.begin + row, k), call.x.row_stride, row_count, step, buffers.tile);
@@ -315,8 +348,11 @@ struct LinearForward {
           }
           if (trivial || ((panel + 1) % unit && panel + 1 < count)) return;
           column = column / dropout_group * dropout_group;
+          // With short sums the clock would take as long as what it measures.
+          if (depth >= timed_depth) enter_phase(Phase::epilogue);
           epilogue.apply(at<T>(call.output, rows.begin + row, column), call.output.row_stride, rows.begin + row, row_count,
                          column, end - column);
+          enter_phase(Phase::product);
         });
   }
 
@@ -328,6 +364,12 @@ struct LinearForward {
 
 template <class T>
 int linear_forward(const fastseq_linear_forward* call) {
+  ProfiledCall profiled;
+  if (profiled.begins<T>("linear_forward", activation_name(call->shape.activation))) {
+    profile_sizes(call->shape);
+    profile_size("residual", call->residual.data != nullptr);
+    profile_size("saves", call->pre_activation != nullptr);
+  }
   return LinearForward<T>(*call).run();
 }
 

@@ -52,9 +52,11 @@ struct NormBackward {
     lay_out(arena);
     auto body = [this](int rank, int size) {
       Range mine = split(blocks, size, rank);
+      enter_phase(Phase::rows);
       for (int64_t block = mine.begin; block < mine.end; ++block) run_block(block);
       if (!wants_parameters) return;
       barrier->wait(size);
+      enter_phase(Phase::join);
       add_blocks(split((features + lanes<T> - 1) / lanes<T>, size, rank));
     };
     run_parallel(threads, body);
@@ -219,6 +221,14 @@ struct NormBackward {
 
 template <class T>
 int norm_backward(const fastseq_norm_backward* call) {
+  ProfiledCall profiled;
+  if (profiled.begins<T>("norm_backward", norm_name(call->shape))) {
+    profile_sizes(call->shape);
+    profile_size("grad_sum", call->grad_sum.data != nullptr);
+    profile_size("needs_x", call->grad_x.data || call->grad_input.data);
+    profile_size("needs_input", call->grad_input.data && call->grad_input.data != call->grad_x.data);
+    profile_size("needs_weight", call->grad_weight || call->grad_bias);
+  }
   if (call->shape.rms) return NormBackward<T, true>{*call}.run();
   return NormBackward<T, false>{*call}.run();
 }

@@ -38,6 +38,7 @@ struct NormForward {
     if (!arena.base) return FASTSEQ_OUT_OF_MEMORY;
     lay_out(arena, threads);
     auto body = [this](int rank, int size) {
+      enter_phase(Phase::rows);
       Range rows = split(shape.rows, size, rank);
       for (int64_t row = rows.begin; row < rows.end; ++row) run_row(row, scratch + rank * scratch_stride);
     };
@@ -159,6 +160,12 @@ struct NormForward {
 
 template <class T>
 int norm_forward(const fastseq_norm_forward* call) {
+  ProfiledCall profiled;
+  if (profiled.begins<T>("norm_forward", norm_name(call->shape))) {
+    profile_sizes(call->shape);
+    profile_size("residual", call->residual.data != nullptr);
+    profile_size("sum", call->sum.data != nullptr);
+  }
   if (call->shape.rms) return NormForward<T, true>{*call}.run();
   return NormForward<T, false>{*call}.run();
 }

@@ -93,6 +93,13 @@ FS_INLINE T* row_of(const fastseq_matrix& matrix, int64_t row) {
   return matrix.data ? (T*)matrix.data + row * matrix.row_stride : nullptr;
 }
 
+FS_INLINE void profile_sizes(const fastseq_norm_shape& shape) {
+  profile_size("M", shape.rows);
+  profile_size("F", shape.features);
+  profile_size("dropout", shape.dropout > 0);
+}
+FS_INLINE const char* norm_name(const fastseq_norm_shape& shape) { return shape.rms ? "rms_norm" : "layer_norm"; }
+
 // One thread for what it does in less time than another takes to wake up.
 FS_INLINE int64_t norm_threads(const fastseq_norm_shape& shape) {
   constexpr int64_t elements_per_thread = 16384;

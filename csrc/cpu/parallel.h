@@ -1,7 +1,7 @@
 // A team of threads inside one parallel region and the barrier between its steps.
 #pragma once
 
-#include "runtime.h"
+#include "profile.h"
 #include "vec.h"
 
 namespace fastseq::FS_ISA {
@@ -14,6 +14,7 @@ struct Barrier {
 
   void wait(int size) {
     if (size == 1) return;
+    Phase before = enter_phase(Phase::barrier_wait);
     int64_t ticket = __atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL);
     int64_t target = (ticket + size - 1) / size * size;
     for (int turn = 0; __atomic_load_n(&arrived, __ATOMIC_ACQUIRE) < target; ++turn) {
@@ -25,6 +26,7 @@ struct Barrier {
         fastseq_wait_turn(turn);
       }
     }
+    enter_phase(before);
   }
 };
 
@@ -49,6 +51,33 @@ struct EvenSplit {
   }
 };
 FS_INLINE Range split(int64_t count, int64_t parts, int64_t index) { return EvenSplit(count, parts).part(index); }
+
+// Work handed out piece by piece; which thread does a piece does not change its bits. Cores are rarely equally fast: they share
+// their execution units with neighbours, clocks differ, the system takes its time from one of them. Cut into equal parts, a
+// call takes as long as the slowest core.
+struct WorkQueue {
+  alignas(64) int64_t next = 0;
+  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+};
+
+// The same for rows or columns, in runs that grow shorter towards the end: long ones use the caches better, short ones let
+// all threads finish together.
+struct RangeQueue {
+  alignas(64) int64_t next = 0;
+
+  // The next run of [0, count), a multiple of `unit` from `least` to `most` unless the end cuts it off; empty when all is
+  // taken. A thread on its own gets `most` every time.
+  Range take(int64_t count, int64_t unit, int64_t least, int64_t most, int size) {
+    int64_t begin = __atomic_load_n(&next, __ATOMIC_RELAXED);
+    for (;;) {
+      if (begin >= count) return {count, count};
+      int64_t length = size == 1 ? most : ((count - begin) / (2 * size) + unit - 1) / unit * unit;
+      length = length < least ? least : length > most ? most : length;
+      int64_t end = count - begin < length ? count : begin + length;
+      if (__atomic_compare_exchange_n(&next, &begin, end, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return {begin, end};
+    }
+  }
+};
 
 template <class Body>
 void run_parallel(int threads, Body& body) {

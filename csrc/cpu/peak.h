@@ -1,4 +1,5 @@
-// The roof of the multiply-add units, measured with the very tile shape the kernels use but nothing to load.
+// The roofs of this machine: the multiply-add units, measured with the very tile shape the kernels use but nothing to load,
+// and the memory, caches included.
 #pragma once
 
 #include <time.h>
@@ -32,31 +33,89 @@ FS_NOINLINE double fma_burst(T* sink /* [lanes] */) {
   return 2.0 * lanes<T> * chains * rounds;
 }
 
+// What all threads together do per nanosecond over about `seconds`. prepare(rank) runs before the clock starts; burst(rank)
+// does some work and says how much.
+template <class Prepare, class Burst>
+double rate_of_team(int threads, double seconds, Prepare prepare, Burst burst) {
+  constexpr int most = 256;
+  struct Shared {
+    Barrier barrier;
+    double work[most], begin[most], end[most];
+    int size = 0;
+  } shared;
+  auto body = [&](int rank, int size) {
+    prepare(rank);
+    shared.size = size;
+    shared.barrier.wait(size);
+    double begin = now_seconds(), work = 0, now = begin;
+    for (; now - begin < seconds; now = now_seconds()) work += burst(rank);
+    shared.begin[rank] = begin;
+    shared.end[rank] = now;
+    shared.work[rank] = work;
+  };
+  run_parallel(threads < most ? threads : most, body);
+  double total = 0;
+  for (int i = 0; i < shared.size; ++i) total += shared.work[i] / (shared.end[i] - shared.begin[i]);
+  return total * 1e-9;
+}
+
 // GFLOP/s of all threads together over about `seconds`.
 template <class T>
 double fma_gflops(int threads, double seconds) {
-  struct Shared {
-    Barrier barrier;
-    double seconds, flops[256], begin[256], end[256];
-    int size = 0;
-  } shared;
-  shared.seconds = seconds;
-  auto body = [&shared](int rank, int size) {
-    alignas(64) T sink[lanes<T>];
-    for (int i = 0; i < lanes<T>; ++i) sink[i] = (T)0.5;
-    if (rank >= 256) return;
-    shared.size = size;
-    shared.barrier.wait(size);
-    double begin = now_seconds(), flops = 0, now = begin;
-    for (; now - begin < shared.seconds; now = now_seconds()) flops += fma_burst<T>(sink);
-    shared.begin[rank] = begin;
-    shared.end[rank] = now;
-    shared.flops[rank] = flops;
-  };
-  run_parallel(threads < 256 ? threads : 256, body);
-  double total = 0;
-  for (int i = 0; i < shared.size; ++i) total += shared.flops[i] / (shared.end[i] - shared.begin[i]);
-  return total * 1e-9;
+  return rate_of_team(
+      threads, seconds, [](int) {},
+      [](int) {
+        alignas(64) T sink[lanes<T>];
+        for (int i = 0; i < lanes<T>; ++i) sink[i] = (T)0.5;
+        return fma_burst<T>(sink);
+      });
+}
+
+// Reads `count` floats, a multiple of the vectors at a time; their sum, so that nothing is left out.
+FS_NOINLINE float read_burst(const float* data, int64_t count) {
+  constexpr int streams = 8;
+  Vec<float> sum[streams] = {};
+  for (int64_t i = 0; i < count; i += streams * lanes<float>)
+#pragma GCC unroll 8
+    for (int s = 0; s < streams; ++s) sum[s] += load(data + i + s * lanes<float>);
+  Vec<float> total{};
+  for (int s = 0; s < streams; ++s) total += sum[s];
+  return sum_of_lanes<float>(total);
+}
+
+FS_NOINLINE void copy_burst(const float* source, float* target, int64_t count) {
+  constexpr int streams = 8;
+  for (int64_t i = 0; i < count; i += streams * lanes<float>)
+#pragma GCC unroll 8
+    for (int s = 0; s < streams; ++s) store(target + i + s * lanes<float>, load(source + i + s * lanes<float>));
+}
+
+// GB/s of all threads together; see the kernel table.
+inline double memory_gbytes(int copies, int64_t bytes_per_thread, int threads, double seconds) {
+  constexpr int64_t step = 8 * lanes<float>;
+  int64_t count = maximum(1, bytes_per_thread / (int64_t)sizeof(float) / (copies ? 2 : 1) / step) * step;
+  int64_t stride = (copies ? 2 : 1) * count + 64 / (int64_t)sizeof(float);
+  float* block = (float*)fastseq_workspace((size_t)(stride * threads) * sizeof(float));
+  if (!block) return -1;
+  // Short arrays are gone over several times between two looks at the clock.
+  int64_t rounds = maximum(1, (int64_t(1) << 20) / (count * (int64_t)sizeof(float)));
+  float sinks[16];
+  return rate_of_team(
+      threads, seconds,
+      [=](int rank) {
+        // Each thread writes its own array first, so that it lies near the thread.
+        for (int64_t i = 0; i < stride; ++i) block[rank * stride + i] = 0;
+      },
+      [=, &sinks](int rank) {
+        float* data = block + rank * stride;
+        for (int64_t i = 0; i < rounds; ++i) {
+          if (copies)
+            copy_burst(data, data + count, count);
+          else
+            sinks[rank % 16] = read_burst(data, count);
+        }
+        return (double)rounds * (double)count * sizeof(float) * (copies ? 2 : 1);
+      });
 }
 
 }  // namespace

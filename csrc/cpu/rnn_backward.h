@@ -89,6 +89,7 @@ struct RnnBackward {
   // Adds the second direction's part where both ran side by side; zeroes rows past their length.
   void finish_grad_x(Team team) {
     team.wait();
+    enter_phase(Phase::input_gradient);
     Sequence<T> grad_x(call.grad_x, table);
     Range steps = split(sizes.steps, team.size, team.rank);
     const T* other = sizes.directions == 2 ? buffers[1].grad_x_rows : nullptr;
@@ -152,7 +153,9 @@ struct RnnBackward {
     }
 
     void run() {
+      enter_phase(Phase::pack);
       pack_weights();
+      enter_phase(Phase::states);
       load_state_gradients();
       if (sizes.rows == 0 && team.rank == 0) gradients.zero_weight_gradients();
       for (int64_t position = 0; position < sizes.steps;) {
@@ -161,14 +164,20 @@ struct RnnBackward {
         bool first_chunk = position == 0;
         for (; position < chunk.end; ++position) step(position, first);
         if (chunk.rows == 0) continue;
+        enter_phase(Phase::pack);
         gradients.note_rows(chunk, first, [this](int64_t t, int64_t row) { return h_before(t, row); });
         team.wait();
         gradients.pack_right_factors(chunk.rows);
         team.wait();
+        enter_phase(Phase::weight_gradient);
         gradients.weight_gradients(chunk.rows, first_chunk);
-        if (layer.wants_grad_x()) gradients.input_gradient(chunk, first);
+        if (layer.wants_grad_x()) {
+          enter_phase(Phase::input_gradient);
+          gradients.input_gradient(chunk, first);
+        }
         team.wait();
       }
+      enter_phase(Phase::states);
       store_state_gradients();
     }
 
@@ -246,6 +255,7 @@ struct RnnBackward {
       int64_t t = walk.step(position), alive = table.alive(t);
       int64_t local = table.first_row[t] - chunk_first;  // the step's first row in the chunk's buffers
       int64_t row_blocks = (alive + block_rows - 1) / block_rows;
+      enter_phase(sizes.has_projection ? Phase::projection : Phase::gate_gradient);
       if (sizes.has_projection) {
         gather_output_gradient(t, alive, local);
         team.wait();
@@ -258,6 +268,7 @@ struct RnnBackward {
           for (int64_t row = 0; row < alive; ++row) update_plain(block, t, row, local);
       }
       team.wait();
+      enter_phase(Phase::recurrent_product);
       bool last = position + 1 == sizes.steps;
       if (last && !layer.call.grad_initial_hidden) return;
       int64_t depth = Cell::hidden_count * sizes.hidden_padded;
@@ -358,8 +369,10 @@ struct RnnBackward {
     FS_INLINE void update_projected(int64_t block, Range rows, int64_t t, int64_t local) {
       alignas(64) static constexpr T zeros[W] = {};
       alignas(64) T scratch[block_rows * W];  // [row][W], dL/d(unprojected h)
+      enter_phase(Phase::projection);
       multiply_panel(b.grad_output, local + rows.begin, rows.count(), 0, sizes.projection,
                      b.packed_projection + block * sizes.projection * W, zeros, 0, scratch, W);
+      enter_phase(Phase::gate_gradient);
       int64_t count = sizes.hidden - block * W;
       for (int64_t row = rows.begin; row < rows.end; ++row) {
         UnitPointers at = unit_pointers(block * W, t, row, local);
@@ -372,6 +385,13 @@ struct RnnBackward {
 
 template <class T, class Cell>
 int rnn_backward(const fastseq_rnn_backward* call) {
+  ProfiledCall profiled;
+  if (profiled.begins<T>("rnn_backward", cell_name<Cell>)) {
+    profile_sizes(call->shape);
+    const fastseq_rnn_weight_gradients& wanted = call->grad_weights[0];
+    profile_size("needs_x", call->grad_x.data != nullptr);
+    profile_size("needs_w", wanted.input || wanted.hidden || wanted.projection);
+  }
   return RnnBackward<T, Cell>(*call).run();
 }
 

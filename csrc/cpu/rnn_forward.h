@@ -135,7 +135,9 @@ struct RnnForward {
     }
 
     void run() {
+      enter_phase(Phase::pack);
       pack_weights();
+      enter_phase(Phase::states);
       load_states();
       zero_dead_rows();
       for (int64_t position = 0; position < sizes.steps;) {
@@ -226,12 +228,14 @@ struct RnnForward {
     void input_product(Chunk chunk, int64_t first_row) {
       int64_t positions = chunk.end - chunk.begin;
       Range mine = split(positions, team.size, team.rank);
+      enter_phase(Phase::pack);
       for (int64_t i = mine.begin; i < mine.end; ++i) {
         int64_t t = walk.step(chunk.begin + i);
         for (int64_t row = 0; row < table.alive(t); ++row)
           copy_to_blocked(x.at(t, row), sizes.input, b.x, table.first_row[t] - first_row + row);
       }
       team.wait();
+      enter_phase(Phase::input_product);
       T* slots = slots_at(first_row, first_row);
       auto column_of = [&](int64_t panel) {
         return (Cell::input_first + panel % Cell::input_count) * sizes.hidden_padded + panel / Cell::input_count * W;
@@ -251,6 +255,7 @@ struct RnnForward {
       BlockedRows<T> before = b.h[position % 2], after = b.h[(position + 1) % 2];
       int64_t row_blocks = (alive + block_rows - 1) / block_rows;
       EvenSplit blocks_of_rows(alive, row_blocks);
+      enter_phase(layer.direct_hidden ? Phase::fused_step : Phase::recurrent_product);
       fetch_columns(before, 0, alive, Range{0, minimum(outputs.begin * W, sizes.output)});
       fetch_columns(before, 0, alive, Range{outputs.end * W, sizes.output});
       for (int64_t i = 0; i < units.count(); ++i) {
@@ -261,6 +266,7 @@ struct RnnForward {
       }
       if (sizes.has_projection) {
         team.wait();
+        enter_phase(Phase::projection);
         fetch_columns(b.hidden, 0, alive, Range{0, minimum(units.begin * W, sizes.hidden)});
         fetch_columns(b.hidden, 0, alive, Range{units.end * W, sizes.hidden});
         for (int64_t block = outputs.begin; block < outputs.end; ++block)
@@ -294,6 +300,7 @@ struct RnnForward {
       int64_t unit = block * W;
       int64_t packed_row = table.first_row[t];
       if (!layer.direct_hidden) {
+        enter_phase(Phase::recurrent_product);
         for (int i = 0; i < Cell::hidden_count; ++i) {
           int s = Cell::hidden_first + i;
           int64_t column = s * sizes.hidden_padded + unit;
@@ -303,6 +310,7 @@ struct RnnForward {
           multiply_panel(before, rows.begin, rows.count(), 0, sizes.output, panel, init, has_input ? sizes.slot_stride() : 0,
                          scratch + s * block_rows * W, W);
         }
+        enter_phase(Phase::gate_update);
       }
       for (int64_t row = rows.begin; row < rows.end; ++row) {
         UnitPointers at = unit_pointers(unit, t, row, packed_row + row, chunk_first, row >= ending, before, after);
@@ -434,6 +442,11 @@ struct RnnForward {
 
 template <class T, class Cell>
 int rnn_forward(const fastseq_rnn_forward* call) {
+  ProfiledCall profiled;
+  if (profiled.begins<T>("rnn_forward", cell_name<Cell>)) {
+    profile_sizes(call->shape);
+    profile_size("training", call->reserve != nullptr);
+  }
   return RnnForward<T, Cell>(*call).run();
 }
 

@@ -50,6 +50,18 @@ struct LayerSizes {
   int64_t output_blocks() const { return (output + panel_width<T> - 1) / panel_width<T>; }
 };
 
+FS_INLINE void profile_sizes(const fastseq_rnn_shape& shape) {
+  int64_t rows = 0;
+  for (int64_t t = 0; t < shape.steps; ++t) rows += shape.batch_sizes ? shape.batch_sizes[t] : shape.batch;
+  profile_size("T", shape.steps);
+  profile_size("B", shape.batch);
+  profile_size("I", shape.input_size);
+  profile_size("H", shape.hidden_size);
+  profile_size("P", shape.projection_size);
+  profile_size("D", shape.directions);
+  profile_size("rows", rows);
+}
+
 // The reserve, per direction: activated slots, cell states, and (with a projection) the unprojected outputs.
 template <class T, class Cell>
 struct Reserve {

@@ -80,6 +80,14 @@ class FlushDenormals {
 struct Region {
   void (*body)(void*, int, int);
   void* context;
+  void* profile;  // NULL: nothing is recorded
+
+  void run(int rank, int size) {
+    if (!profile) return body(context, rank, size);
+    fastseq_profile_begin_thread(profile, rank);
+    body(context, rank, size);
+    fastseq_profile_end_thread();
+  }
 };
 
 struct Workspace {
@@ -103,18 +111,19 @@ extern "C" {
 
 void fastseq_run_parallel(int threads, void (*body)(void*, int, int), void* context) {
   const OpenMP& runtime = openmp();
-  if (threads <= 1 || !runtime.parallel) {
+  bool alone = threads <= 1 || !runtime.parallel;
+  Region region{body, context, fastseq_profiling ? fastseq_profile_region(alone ? 1 : threads) : nullptr};
+  if (alone) {
     FlushDenormals mode;
-    body(context, 0, 1);
+    region.run(0, 1);
     return;
   }
-  Region region{body, context};
   runtime.parallel(
       [](void* data) {
         FlushDenormals mode;
         Region* region = (Region*)data;
         const OpenMP& runtime = openmp();
-        region->body(region->context, runtime.thread_number(), runtime.thread_count());
+        region->run(runtime.thread_number(), runtime.thread_count());
       },
       &region, (unsigned)threads, 0);
 }
