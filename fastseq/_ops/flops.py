@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastseq._attention import Terms
 from fastseq._ops import attention, linear, recurrent  # noqa: F401  they define the ops
 from fastseq._ops.shared import PLAIN_TYPES
+from fastseq._work import AttentionSizes, LinearSizes
 
 _TERMS = len(Terms._fields)
 
@@ -142,11 +143,17 @@ def _pairs(query: Tensor, key: Tensor, terms: Terms) -> int:
     return query.shape[1] * pairs
 
 
+def _sizes(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> AttentionSizes:
+    """As of one head, with the pairs of all; rows do not matter to work."""
+    pairs = _pairs(query, key, terms)
+    return AttentionSizes(1, 1, 0, 0, key.shape[-1], value.shape[-1], pairs)
+
+
 @register_flop_formula(torch.ops.fastseq.attention_forward, get_raw=True)
 def _attention_forward_flops(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any = None, **_: Any
 ) -> int:
-    return 2 * _pairs(query, key, Terms(*rest[:_TERMS])) * (key.shape[-1] + value.shape[-1])
+    return _sizes(query, key, value, Terms(*rest[:_TERMS])).forward_flops()
 
 
 @register_flop_formula(torch.ops.fastseq.attention_backward, get_raw=True)
@@ -160,9 +167,7 @@ def _attention_backward_flops(
     out_val: Any = None,
     **_: Any,
 ) -> int:
-    # Scores, their gradient's two products and the weights' again, and the values' gradient.
-    per_pair = 3 * key.shape[-1] + 2 * value.shape[-1]
-    return 2 * _pairs(query, key, Terms(*rest[:_TERMS])) * per_pair
+    return _sizes(query, key, value, Terms(*rest[:_TERMS])).backward_flops()
 
 
 # --- linear
@@ -172,7 +177,8 @@ def _attention_backward_flops(
 def _linear_forward_flops(
     input_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any
 ) -> int:
-    return 2 * math.prod(input_shape) * weight_shape[0]
+    outputs, features = weight_shape
+    return LinearSizes(math.prod(input_shape[:-1]), features, outputs).product()
 
 
 @register_flop_formula(torch.ops.fastseq.linear_backward)
@@ -187,9 +193,11 @@ def _linear_backward_flops(
     needs: Sequence[bool],
     **_: Any,
 ) -> int:
-    flops = 0
-    if needs[0] and weight_shape is not None:
-        flops += 2 * math.prod(grad_shape) * weight_shape[1]
-    if needs[1] and input_shape is not None:
-        flops += 2 * math.prod(grad_shape) * input_shape[-1]
-    return flops
+    # Whichever gradient is asked for, the tensor that its product needs is there.
+    shape = weight_shape if weight_shape is not None else input_shape
+    if shape is None:
+        return 0
+    sizes = LinearSizes(math.prod(grad_shape[:-1]), shape[-1], grad_shape[-1])
+    return sizes.backward_flops(
+        needs[0] and weight_shape is not None, needs[1] and input_shape is not None
+    )
