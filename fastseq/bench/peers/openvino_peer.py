@@ -125,6 +125,7 @@ def _load(make: Callable[[], _Model], threads: int) -> PreparedPeer:
         call()
         return {name: value.clone() for name, value in made.results(outputs).items()}
 
+    call()
     return PreparedPeer(call, output, perf_counter() - start)
 
 
