@@ -10,7 +10,7 @@ _BUSY_SHARE = 0.1
 _LIMIT_SECONDS = 0.5
 
 
-def settle(seconds: float = 0.0) -> None:
+def settle(seconds: float = _LOOK_SECONDS) -> None:
     """Wait until no thread of this process computes.
 
     A library's idle threads spin for a while in case more work comes, and would take cores from
@@ -18,9 +18,11 @@ def settle(seconds: float = 0.0) -> None:
     onnxruntime's (measured), so that no fixed pause is right for all.
 
     Args:
-        seconds: Wait at least this long.
+        seconds: Wait at least this long; 0 to not wait at all.
     """
-    time.sleep(seconds)
+    if not seconds:
+        return
+    time.sleep(max(0.0, seconds - _LOOK_SECONDS))
     deadline = time.perf_counter() + _LIMIT_SECONDS
     while time.perf_counter() < deadline:
         start, used = time.perf_counter(), time.process_time()

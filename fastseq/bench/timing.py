@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+
+from fastseq.bench.settle import settle
 
 # Visits shorter than this are filled with further calls, so that the clock's resolution and the
 # cold caches left behind by the previous peer do not decide a case of a few microseconds.
@@ -19,8 +20,7 @@ _SINGLES = 100
 # Calls from which their number in a visit is found; one that takes longer is timed alone, surely.
 _TRIALS = 4
 _SLOW_SECONDS = 0.1
-# Idle threads of one peer's pool keep spinning for a while; wait until they sleep, otherwise they
-# take cores from the next peer.
+# Idle threads of one peer's pool keep spinning for a while; ``settle`` waits at least this long.
 _SETTLE_SECONDS = 2e-2
 
 
@@ -174,13 +174,16 @@ def interleave(
         seconds: Stop after this time, given ``minimum_visits``.
         minimum_visits: Visits to each call at least.
         maximum_visits: Visits to each call at most.
-        settle_seconds: Pause before each visit.
+        settle_seconds: Shortest pause before each visit, see ``fastseq.bench.settle``.
     """
-    counts = {name: _calls_per_visit(call) for name, call in calls.items()}
+    counts = {}
+    for name, call in calls.items():
+        settle(settle_seconds)
+        counts[name] = _calls_per_visit(call)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     singles: dict[str, list[float]] = {name: [] for name in calls}
     for name in _Turns(seconds, minimum_visits, maximum_visits).take(list(calls)):
-        time.sleep(settle_seconds)
+        settle(settle_seconds)
         samples[name].append(_visit(calls[name], counts[name]))
         if counts[name] > 1:
             singles[name] += _singles(calls[name])
@@ -205,11 +208,11 @@ def interleave_cold(
         seconds: Stop after this time, given ``minimum_visits``.
         minimum_visits: Calls of each at least.
         maximum_visits: Calls of each at most.
-        settle_seconds: Pause before each call.
+        settle_seconds: Shortest pause before each call, see ``fastseq.bench.settle``.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for name in _Turns(seconds, minimum_visits, maximum_visits).take(list(calls)):
         flush()
-        time.sleep(settle_seconds)
+        settle(settle_seconds)
         samples[name].append(_visit(calls[name], 1))
     return {name: summarize(samples[name], 1) for name in calls}

@@ -108,6 +108,7 @@ def _load(make: Callable[[], Graph], threads: int) -> PreparedPeer:
         bound()
         return {name: value.clone() for name, value in graph.results(outputs).items()}
 
+    bound()
     setup_seconds = perf_counter() - start
     return PreparedPeer(_fastest_call(session, graph, bound, feeds), output, setup_seconds)
 
@@ -116,7 +117,6 @@ def _fastest_call(
     session: Any, graph: Graph, bound: Callable[[], None], feeds: dict[str, Tensor]
 ) -> Callable[[], object]:
     """Inputs bound beforehand or passed as arrays: for a few microseconds it is not clear which."""
-    bound()
     if graph.in_place or seconds_of(bound) > _SHORT_SECONDS:
         return bound
     names = list(graph.outputs)

@@ -27,7 +27,8 @@ class PreparedPeer:
         call: What is timed: inputs bound beforehand, outputs allocated beforehand.
         output: Runs once more and gives the results by name ("output", "hidden", "cell",
             "weights"): fresh tensors, padded and laid out as torch's.
-        setup_seconds: Time it took to build and load the model.
+        setup_seconds: Time it took to build and load the model and to run it once; not the time
+            it took to find out which of several is the fastest.
     """
 
     call: Callable[[], object]
