@@ -164,6 +164,18 @@ def test_bad_files_get_one_line(
         assert "bad.json" in errors
 
 
+@pytest.mark.parametrize("value", [0, -1.0, "fast", None])
+def test_bad_times_get_one_line(
+    value: object, tmp_path: Path, small: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = copy.deepcopy(small)
+    changed["results"][0]["timings"]["fastseq"]["median_s"] = value
+    path = write(tmp_path / "bad.json", changed)
+    assert run(path, path) == 2
+    assert command.main(["report", path, "--html", str(tmp_path / "page.html")]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
 def test_wrong_use_gets_one_line(
     tmp_path: Path, small: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -390,6 +390,7 @@ def test_tapping_a_value_shows_the_times(chromium: browser.Browser, page_file: P
 
 def test_cases_can_be_searched(chromium: browser.Browser, page_file: Path) -> None:
     chromium.open(page_file, width=800)
+    assert chromium.evaluate("document.getElementById('search').checkVisibility()")
     chromium.evaluate(
         "(s => { s.value = 'GRU training'; s.dispatchEvent(new Event('input')) })"
         "(document.getElementById('search'))"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
-from fastseq.bench import compare, html, run_command
+from fastseq.bench import compare, html, model, readme, run_command
 from fastseq.bench.cases import SUITES, select
 
 
@@ -33,21 +32,10 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--case", metavar="GLOB", action="append", default=[])
     listing.set_defaults(action=_list)
 
-    plot = commands.add_parser("plot", help="draw results as SVG")
-    plot.add_argument("results", type=Path)
-    plot.add_argument("--output", type=Path, required=True)
-    plot.set_defaults(action=_plot)
-
-    readme = commands.add_parser("readme", help="fill a document's tables from results")
-    readme.add_argument("results", type=Path)
-    readme.add_argument("document", type=Path)
-    readme.add_argument(
-        "--check", action="store_true", help="change nothing, fail if the tables are out of date"
-    )
-    readme.set_defaults(action=_readme)
-
+    readme.add_command(commands)
     compare.add_command(commands)
     html.add_command(commands)
+    model.add_command(commands)
     return parser
 
 
@@ -55,29 +43,6 @@ def _list(arguments: argparse.Namespace) -> int:
     for case in select(arguments.suite, arguments.case):
         work = f"{case.flops() / 1e9:.3g} GFLOP  {case.bytes() / 1e6:.3g} MB"
         print(f"{case.name}  {work}  {' '.join(case.tags)}")
-    return 0
-
-
-def _plot(arguments: argparse.Namespace) -> int:
-    from fastseq.bench import plot, report
-
-    results, record = report.load(arguments.results)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    plot.draw(results, record, arguments.output)
-    return 0
-
-
-def _readme(arguments: argparse.Namespace) -> int:
-    from fastseq.bench import report
-
-    results, record = report.load(arguments.results)
-    text = arguments.document.read_text(encoding="utf-8")
-    filled = report.fill_markers(text, results, record)
-    if arguments.check:
-        if filled != text:
-            raise ValueError(f"{arguments.document} does not show {arguments.results}")
-        return 0
-    arguments.document.write_text(filled, encoding="utf-8")
     return 0
 
 

@@ -9,28 +9,9 @@ from typing import Any
 from fastseq.bench.attention_cases import AttentionCase
 from fastseq.bench.cases import GATES, Case
 from fastseq.bench.machine import threads_text
-from fastseq.bench.results import (
-    COMPILED,
-    ONNX,
-    OURS,
-    TORCH,
-    CaseResult,
-    from_json,
-    load,
-    to_json,
-)
+from fastseq.bench.results import COMPILED, ONNX, OPENVINO, OURS, TORCH, CaseResult
 from fastseq.bench.timing import Timing
 from fastseq.bench.transformer_cases import TransformerCase
-
-__all__ = [
-    "fill_markers",
-    "format_ratio",
-    "format_seconds",
-    "format_spread",
-    "from_json",
-    "load",
-    "to_json",
-]
 
 NOTHING = "-"  # in a table cell
 
@@ -52,6 +33,23 @@ def format_spread(timing: Timing) -> str:
     """A median with half the distance between the quartiles."""
     half = (timing.upper_quartile_s - timing.lower_quartile_s) / 2 / timing.median_s
     return f"{format_seconds(timing.median_s)} ±{half:.0%}"
+
+
+def at_most_threads(
+    results: Sequence[CaseResult], machine: dict[str, Any]
+) -> tuple[list[CaseResult], dict[str, Any]]:
+    """What tables and pictures without a column for threads show: the most that were used.
+
+    Args:
+        results: Of any thread counts.
+        machine: Record of the machine.
+
+    Returns:
+        The results at that count, and the record as if it had been the only one.
+    """
+    most = max((result.threads for result in results), default=0)
+    chosen = [result for result in results if result.threads == most]
+    return chosen, machine | {"threads": most} if most else machine
 
 
 # --- README ---------------------------------------------------------------------------------
@@ -138,8 +136,8 @@ def _readme_cell(result: CaseResult | None) -> str:
     text = f"{format_seconds(result.timings[OURS].median_s)} ({ratio:.2f}x)"
     if ratio < 1:
         text = f"**{text}**"
-    onnx = result.onnx_speedup()
-    return text if onnx is None else f"{text}, {onnx:.2f}x {ONNX}"
+    engines = [(name, result.peer_speedup(name)) for name in (ONNX, OPENVINO)]
+    return ", ".join([text, *(f"{ratio:.2f}x {name}" for name, ratio in engines if ratio)])
 
 
 def _readme_machine(machine: dict[str, Any]) -> str:
@@ -153,11 +151,13 @@ def _readme_machine(machine: dict[str, Any]) -> str:
 def fill_markers(text: str, results: Sequence[CaseResult], machine: dict[str, Any]) -> str:
     """Replace what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->``.
 
-    Markers of other suites stay as they are: a document may show all.
+    Markers of other suites stay as they are: a document may show all. Of several thread counts the
+    tables show the highest.
 
     Raises:
         ValueError: The text has no marker, or one with an unknown name.
     """
+    results, machine = at_most_threads(results, machine)
     recurrent: dict[str, Callable[[], str]] = {
         "inference": lambda: _readme_table(results, "inference"),
         "training": lambda: _readme_table(results, "training"),

@@ -137,6 +137,10 @@ def to_json(
 
 
 def _timings(records: dict[str, dict[str, Any]]) -> dict[str, Timing]:
+    for peer, one in records.items():
+        # Ratios divide by these.
+        if not all(one[name] > 0 for name in ("median_s", "lower_quartile_s", "upper_quartile_s")):
+            raise ValueError(f"the result file is damaged: a time of {peer} is not above 0")
     return {peer: Timing(**{"p50_s": one["median_s"]} | one) for peer, one in records.items()}
 
 

@@ -28,7 +28,7 @@ _FACTS = {
     "cpu": "Processor",
     "cores": "Cores",
     "threads": "Threads",
-    "caches_bytes": "Caches of a core",
+    "caches_bytes": "Caches",
     "isa": "Kernels",
     "system": "System",
     "python": "Python",
@@ -225,7 +225,7 @@ def _with_files(values: dict[str, list[str]]) -> list[str]:
 def _fact(value: object) -> str:
     if isinstance(value, dict):
         entries = {
-            name: f"{entry / 1024:g} KiB" if isinstance(entry, int) else entry
+            name: _binary(entry) if isinstance(entry, int) else entry
             for name, entry in value.items()
         }
         return ", ".join(f"{name} {entry}" for name, entry in entries.items())
@@ -236,6 +236,11 @@ def _fact(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(_fact(entry) for entry in value)
     return str(value)
+
+
+def _binary(count: int) -> str:
+    scale, unit = (1 << 20, "MiB") if count >= 1 << 20 else (1 << 10, "KiB")
+    return f"{count / scale:.3g} {unit}"
 
 
 def _summaries(
@@ -336,6 +341,7 @@ def _case_rows(result: CaseResult) -> CaseRows:
         extras = tuple(
             (name.replace("_", " "), figures.format_bytes(v) if "bytes" in name else f"{v:.3g}")
             for name, v in result.probes.items()
+            if not name.startswith("peak_memory_bytes")  # has a column
         )
     return CaseRows(case.name, result.threads, ", ".join(work), failed, rows, extras)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fastseq.bench.html import charts, colour, figures
 from fastseq.bench.html.cells import threads_text
 from fastseq.bench.html.content import Source, build
 from fastseq.bench.results import OURS
+
+_TEMPLATES = Path(__file__).with_name("templates")
 
 
 def _schemes() -> str:
@@ -45,7 +48,7 @@ def render(sources: Sequence[Source], roofs: dict[str, Any] | None = None) -> st
     if not any(source.results for source in sources):
         raise ValueError("there is no case to report")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fastseq.bench.html", "templates"),
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -31,7 +31,7 @@
   });
 
   const search = document.getElementById("search");
-  search.parentElement.hidden = false;
+  search.closest("p").hidden = false;
   search.addEventListener("input", () => {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0;
