@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.bench.peers.openvino_library import library
+
 
 class OpenvinoOperators:
     """Builds nodes of openvino's graph; values are its outputs.
@@ -17,11 +19,8 @@ class OpenvinoOperators:
     """
 
     def __init__(self, fused_attention: bool) -> None:
-        import openvino
-        from openvino import opset13
-
-        self._library: Any = openvino
-        self.operators: Any = opset13
+        self._library = library()
+        self.operators = self._library.opset13
         self.fused_attention = fused_attention
         self.parameters: list[Any] = []
         self.feeds: list[Tensor] = []

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from time import perf_counter
 from typing import Any
 
@@ -22,6 +21,7 @@ from fastseq.bench.attention import BuiltAttention
 from fastseq.bench.build import BuiltCase
 from fastseq.bench.peers import modules, openvino_attention, recurrent
 from fastseq.bench.peers.choose import choose
+from fastseq.bench.peers.openvino_library import core, library
 from fastseq.bench.peers.openvino_operators import OpenvinoOperators
 from fastseq.bench.peers.prepared import AnyBuilt, PeerSkippedError, PreparedPeer
 from fastseq.bench.transformer import BuiltTransformer
@@ -58,8 +58,7 @@ def prepare(built: AnyBuilt, threads: int) -> PreparedPeer:
         PeerSkippedError: There is no equivalent model.
         ModuleNotFoundError: openvino is not installed (recurrent layers need onnx, too).
     """
-    import openvino  # noqa: F401  before anything is tried, so that its absence is the reason
-
+    library()  # before anything else, so that its absence is the reason
     if built.case.dtype != "float32":
         raise PeerSkippedError(f"openvino computes {built.case.dtype} in float32")
     makers = _models(built)
@@ -84,18 +83,16 @@ def _models(built: AnyBuilt) -> list[Callable[[], _Model]]:
 
 
 def _written(write: Callable[[OpenvinoOperators], dict[str, Any]], fused_attention: bool) -> _Model:
-    import openvino
-
     operators = OpenvinoOperators(fused_attention)
     results = write(operators)
-    model = openvino.Model(list(results.values()), operators.parameters, "case")
+    model = library().Model(list(results.values()), operators.parameters, "case")
     names = list(results)
     return _Model(model, operators.feeds, lambda found: dict(zip(names, found, strict=True)))
 
 
 def _recurrent(built: BuiltCase) -> _Model:
     graph = recurrent.graph(built)
-    model = _core().read_model(graph.model)
+    model = core().read_model(graph.model)
     names = [port.get_any_name() for port in model.outputs]
     return _Model(
         model,
@@ -104,31 +101,19 @@ def _recurrent(built: BuiltCase) -> _Model:
     )
 
 
-@cache
-def _core() -> Any:
-    import openvino
-
-    return openvino.Core()
-
-
 def _load(make: Callable[[], _Model], threads: int) -> PreparedPeer:
-    from openvino import Tensor as Bound
-
     start = perf_counter()
     made = make()
     wanted = configuration(threads)
-    compiled = _core().compile_model(made.model, "CPU", wanted)
-    for name in ("INFERENCE_NUM_THREADS", "NUM_STREAMS"):
-        if int(compiled.get_property(name)) != int(wanted[name]):
-            found = compiled.get_property(name)
-            raise PeerSkippedError(f"{name} is {found}, asked for {wanted[name]}")
+    compiled = core().compile_model(made.model, "CPU", wanted)
+    check_settings(compiled, wanted)
     request = compiled.create_infer_request()
     feeds = [value.detach().contiguous() for value in made.feeds]
     outputs = [torch.empty(*port.get_shape()) for port in compiled.outputs]
     for index, value in enumerate(feeds):
-        request.set_input_tensor(index, Bound(value.numpy(), shared_memory=True))
+        request.set_input_tensor(index, library().Tensor(value.numpy(), shared_memory=True))
     for index, value in enumerate(outputs):
-        request.set_output_tensor(index, Bound(value.numpy(), shared_memory=True))
+        request.set_output_tensor(index, library().Tensor(value.numpy(), shared_memory=True))
 
     def call(held: object = (compiled, feeds, outputs)) -> None:
         # The request has the arrays' addresses only; the default keeps the arrays alive.
@@ -141,3 +126,12 @@ def _load(make: Callable[[], _Model], threads: int) -> PreparedPeer:
         return {name: value.clone() for name, value in made.results(outputs).items()}
 
     return PreparedPeer(call, output, perf_counter() - start)
+
+
+def check_settings(compiled: Any, wanted: dict[str, Any]) -> None:
+    """Settings are requests; hold the model to those that decide what is compared."""
+    wanted = wanted | {"INFERENCE_PRECISION_HINT": library().Type.f32}
+    for name in ("INFERENCE_NUM_THREADS", "NUM_STREAMS", "INFERENCE_PRECISION_HINT"):
+        found = compiled.get_property(name)
+        if str(found) != str(wanted[name]):
+            raise PeerSkippedError(f"{name} is {found}, asked for {wanted[name]}")
