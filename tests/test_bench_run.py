@@ -364,6 +364,7 @@ def test_machine_record() -> None:
     record = machine.describe((1, 2))
     assert json.loads(json.dumps(record)) == record
     assert record["threads"] == [1, 2]
+    assert machine.describe(2)["threads"] == [2]
     assert record["libraries"]["torch"].startswith(torch.__version__.split("+")[0])
     assert {"virtualised", "governor", "load_average", "caches_bytes"} <= set(record)
 
