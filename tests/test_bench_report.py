@@ -397,7 +397,7 @@ def test_cases_can_be_searched(chromium: browser.Browser, page_file: Path) -> No
     )
     found = chromium.evaluate(
         "[...document.querySelectorAll('.everything tbody')].filter(e => e.checkVisibility())"
-        ".map(e => e.dataset.case)"
+        ".map(e => e.id)"
     )
     assert found
-    assert all(name.startswith("gru-training") for name in found)
+    assert all(name.startswith("case-gru-training") for name in found)

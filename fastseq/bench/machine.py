@@ -61,11 +61,11 @@ def load_average() -> float | None:
         return None
 
 
-def describe(threads: Sequence[int]) -> dict[str, Any]:
+def describe(threads: int | Sequence[int]) -> dict[str, Any]:
     """The record that goes into every result file.
 
     Args:
-        threads: The numbers of threads that cases run on.
+        threads: The number or numbers of threads that cases run on.
     """
     from fastseq._config import capabilities
 
@@ -73,7 +73,7 @@ def describe(threads: Sequence[int]) -> dict[str, Any]:
     return {
         "cpu": found["cpu"],
         "cores": available_cores(),
-        "threads": list(threads),
+        "threads": [threads] if isinstance(threads, int) else list(threads),
         "caches_bytes": found["caches_bytes"],
         "virtualised": virtualised(),
         "governor": governor(),

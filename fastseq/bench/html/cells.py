@@ -112,18 +112,17 @@ class Cell:
 def cell(result: CaseResult, peer: str) -> Cell:
     """The speed-up of a case over a peer, or why there is none."""
     name, threads = result.case.name, result.threads
-    where = f"{name}, {threads_text(threads)}"
     failed = failure(result)
     if failed is not None:
-        return Cell(name, peer, threads, "failed", f"{where}: {failed}", failed=True)
+        return Cell(name, peer, threads, "failed", failed, failed=True)
     ratio = result.peer_speedup(peer)
     if ratio is None:
         reason = result.skipped.get(peer, "not measured")
-        return Cell(name, peer, threads, NOTHING, f"{where}: {peer}: {reason}")
+        return Cell(name, peer, threads, NOTHING, f"{peer}: {reason}")
     entry = our_entry(result, peer)
     ours, theirs = result.timings[entry], result.timings[peer]
     noise = within_noise(theirs, ours)
-    tip = f"{where}: {entry} {spread_text(ours)}, {peer} {spread_text(theirs)}"
+    tip = f"{entry} {spread_text(ours)}, {peer} {spread_text(theirs)}"
     if noise:
         tip += "; the quartiles overlap, so this may be noise"
     text = format_ratio(ratio)

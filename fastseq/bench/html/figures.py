@@ -133,9 +133,8 @@ def _peak_row(result: CaseResult) -> DotRow | None:
         share = rate / result.fma_peak_gflops
         text = f"{peer} {_percent(share)}"
         words.append(text)
-        tip = f"{_full_label(result.case)}: {text} of {result.fma_peak_gflops:.0f} GFLOP/s"
         # Clocks vary: a case may run above the peak measured just before it.
-        dots.append(Dot(min(100.0, 100 * share), key_of(peer), f"{tip} ({rate:.3g} GFLOP/s)"))
+        dots.append(Dot(min(100.0, 100 * share), key_of(peer), f"{text}, {rate:.3g} GFLOP/s"))
     return DotRow(_full_label(result.case), tuple(reversed(dots)), ", ".join(words))
 
 
@@ -260,7 +259,7 @@ def memory_plots(results: Sequence[CaseResult]) -> list[DotPlot]:
         share = found[OURS] / found["torch"]
         label = f"{_full_label(result.case)}, {threads_text(result.threads)}"
         words = f"fastseq {format_bytes(found[OURS])}, torch {format_bytes(found['torch'])}"
-        dot = Dot(min(100.0, 50 * share), key_of(OURS), f"{label}: {words}")
+        dot = Dot(min(100.0, 50 * share), key_of(OURS), words)
         rows.append(DotRow(label, (dot,), f"{share:.2f}x ({words})"))
     ticks = ((0.0, "0x"), (50.0, "as torch"), (100.0, "2x"))
     return [DotPlot("Peak memory over torch's", tuple(rows), ticks)] if rows else []
@@ -302,7 +301,7 @@ def _scaling_row(fewest: CaseResult, most: CaseResult, scale: float) -> DotRow:
         ratio = fewest.timings[peer].median_s / most.timings[peer].median_s
         text = f"{peer} {ratio:.2f}x"
         words.append(text)
-        dots.append(Dot(min(100.0, 100 * ratio / scale), key_of(peer), f"{label}: {text}"))
+        dots.append(Dot(min(100.0, 100 * ratio / scale), key_of(peer), text))
     return DotRow(label, tuple(reversed(dots)), ", ".join(words))
 
 

@@ -73,7 +73,9 @@ def _grids(results: Sequence[CaseResult]) -> dict[tuple[str, str, int, str], lis
     found = {}
     for key in sorted(groups, key=lambda key: (order[key[0]], key[1:])):
         cases = [result.case for result in groups[key] if isinstance(result.case, Case)]
-        if len({case.B for case in cases}) > 1 and len({case.H for case in cases}) > 1:
+        shapes = {(case.B, case.H) for case in cases}
+        # A diagonal alone is no grid, and reads better as a list.
+        if len(shapes) > max(len(set(sizes)) for sizes in zip(*shapes, strict=True)):
             found[key] = groups[key]
     return found
 

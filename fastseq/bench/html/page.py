@@ -64,4 +64,6 @@ def render(sources: Sequence[Source], roofs: dict[str, Any] | None = None) -> st
         steps=colour.STEPS,
     )
     template = environment.get_template("page.html.j2")
-    return template.render(page=build(sources, roofs or {}), schemes=_schemes())
+    page = build(sources, roofs or {})
+    peer_keys = [figures.key_of(name) for name in (OURS, *page.peers)]
+    return template.render(page=page, peer_keys=peer_keys, schemes=_schemes())

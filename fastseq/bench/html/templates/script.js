@@ -26,7 +26,9 @@
     const pointed = event.target.closest("td[title], .mark");
     readout.hidden = !pointed;
     if (pointed) {
-      readout.textContent = pointed.getAttribute("title") || pointed.querySelector("title").textContent;
+      const text = pointed.getAttribute("title") || pointed.querySelector("title").textContent;
+      const row = pointed.closest(".dots tr")?.querySelector("th").textContent;
+      readout.textContent = [pointed.dataset.case || row, text].filter(Boolean).join(": ");
     }
   });
 
@@ -36,7 +38,7 @@
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0;
     for (const body of document.querySelectorAll(".everything tbody")) {
-      body.hidden = !words.every((word) => body.dataset.case.includes(word));
+      body.hidden = !words.every((word) => body.id.toLowerCase().includes(word));
       shown += body.hidden ? 0 : 1;
     }
     document.getElementById("found").textContent = words.length ? `${shown} shown` : "";
