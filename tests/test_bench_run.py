@@ -268,6 +268,16 @@ def test_a_peer_with_another_output_is_not_timed(monkeypatch: pytest.MonkeyPatch
     assert "onnxruntime" not in {**result.timings, **result.first_call_s}
 
 
+def test_a_peer_that_raises_is_skipped_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(name: str, built: object, threads: int) -> PreparedPeer:
+        raise RuntimeError("no such operator\nat all")
+
+    monkeypatch.setattr(peers, "prepare", prepare)
+    result = runner.run_case(SMALL, ENGINE)
+    assert result.skipped == {"onnxruntime": "RuntimeError: no such operator"}
+    assert set(result.timings) == {"torch", "fastseq"}
+
+
 def test_a_peer_with_torchs_output_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "prepare", lambda name, built, threads: prepared(torch.zeros(1)))
     monkeypatch.setattr(peers, "agrees", lambda built, output: True)

@@ -64,6 +64,16 @@ def test_short_calls_are_also_timed_one_by_one() -> None:
     assert 0 < timing.minimum_s <= timing.p50_s <= timing.p95_s <= timing.p99_s
 
 
+def test_slow_first_calls_do_not_decide_how_many_are_timed() -> None:
+    pauses = [3e-3, 3e-3]
+
+    def call() -> None:
+        if pauses:
+            time.sleep(pauses.pop())
+
+    assert interleave({"a": call}, seconds=0, settle_seconds=0)["a"].calls_per_visit > 1
+
+
 def test_long_calls_are_their_own_samples() -> None:
     timing = interleave({"a": lambda: time.sleep(3e-3)}, seconds=0, settle_seconds=0)["a"]
     assert (timing.visits, timing.calls_per_visit) == (7, 1)

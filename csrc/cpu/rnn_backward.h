@@ -422,6 +422,7 @@ int rnn_backward(const fastseq_rnn_backward* call) {
   if (profiled.begins<T>("rnn_backward", cell_name<Cell>)) {
     profile_sizes(call->shape);
     const fastseq_rnn_weight_gradients& wanted = call->grad_weights[0];
+    profile_size("bias", call->weights[0].input_bias != nullptr);
     profile_size("needs_x", call->grad_x.data != nullptr);
     profile_size("needs_w", wanted.input || wanted.hidden || wanted.projection);
   }

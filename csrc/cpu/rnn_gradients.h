@@ -207,8 +207,7 @@ struct ChunkGradients {
     int64_t stride = input_padded;
     multiply_blocked<T>(
         [&](int64_t row, int64_t, int64_t k, int64_t) { return b.grad_slots.at(row, k); }, mine,
-        Cell::input_first * sizes.hidden_padded, Cell::input_count * sizes.hidden_padded, b.packed_input,
-        panels,
+        Cell::input_first * sizes.hidden_padded, Cell::input_count * sizes.hidden_padded, b.packed_input, panels,
         [&](int64_t row, int64_t panel) { return TilePlace<T>{b.grad_x + row * stride + panel * W, stride, zeros, 0}; },
         [](int64_t, int64_t, int64_t) {});
     int64_t column = panels.begin * W, count = minimum(panels.end * W, sizes.input) - column;

@@ -11,6 +11,7 @@ made of differentiable torch operators.
 
 from __future__ import annotations
 
+from fastseq._ops import flops  # noqa: F401  registers the formulas
 from fastseq._ops.attention import attention, plain_attention
 from fastseq._ops.decoding import plain_decoder_step
 from fastseq._ops.linear import linear, plain_linear

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
+from torch.autograd import forward_ad, profiler
 
 from fastseq import _config
 from fastseq._attention import WEIGHTS_MEAN, WEIGHTS_NONE, WEIGHTS_PER_HEAD, Options, Terms
@@ -58,6 +57,7 @@ library.define(
 )
 
 _backend: Any = None
+_is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _get_tracing_state = torch._C._get_tracing_state
@@ -208,10 +208,9 @@ def _op_backward(
             needs,
         )
     else:
-        found = torch.ops.fastseq.attention_backward(
-            grad_output, grad_lse, query, key, value, *terms, *saved, *ctx.options, needs
+        grads = _dispatched_backward(
+            grad_output, grad_lse, query, key, value, terms, *saved, ctx.options, needs
         )
-        grads = tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
     result: list[Tensor | None] = [*grads[:3], *(None,) * (_TERM_COUNT + _OPTION_COUNT + 2)]
     result[3 + _BIAS], result[3 + _SINKS] = grads[3:]
     return tuple(result)
@@ -315,7 +314,8 @@ class _Attention(torch.autograd.Function):
                 needs,
             )
         else:
-            grads = _cpu().attention_backward(
+            backward = _dispatched_backward if is_watched() else _cpu().attention_backward
+            grads = backward(
                 grad_output,
                 grad_lse,
                 query,
@@ -331,46 +331,25 @@ class _Attention(torch.autograd.Function):
         return *grads, None, None, None
 
 
-# --- work, for torch.utils.flop_counter
-
-
-def _pairs(query: Tensor, key: Tensor, terms: Terms) -> int:
-    """(query, key) pairs over all heads; as for torch's own op, masks do not lessen them."""
-    if query.dim() == 4:
-        keys = key.shape[2]
-        if terms.block_table is not None:
-            keys *= terms.block_table.shape[1]
-        return query.shape[0] * query.shape[1] * query.shape[2] * keys
-    assert terms.query_starts is not None
-    assert terms.key_starts is not None
-    if type(terms.query_starts) in PLAIN_TYPES and not terms.query_starts.is_meta:
-        pairs = int((terms.query_starts.diff() * terms.key_starts.diff()).sum())
-    else:  # values are unknown: as if all sequences were equally long
-        pairs = query.shape[0] * key.shape[0] // max(terms.query_starts.shape[0] - 1, 1)
-    return query.shape[1] * pairs
-
-
-@register_flop_formula(torch.ops.fastseq.attention_forward, get_raw=True)
-def _forward_flops(
-    query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any = None, **_: Any
-) -> int:
-    return 2 * _pairs(query, key, Terms(*rest[:_TERM_COUNT])) * (key.shape[-1] + value.shape[-1])
-
-
-@register_flop_formula(torch.ops.fastseq.attention_backward, get_raw=True)
-def _backward_flops(
+def _dispatched_backward(
     grad_output: Tensor | None,
     grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *rest: Any,
-    out_val: Any = None,
-    **_: Any,
-) -> int:
-    # Scores, their gradient's two products and the weights' again, and the values' gradient.
-    per_pair = 3 * key.shape[-1] + 2 * value.shape[-1]
-    return 2 * _pairs(query, key, Terms(*rest[:_TERM_COUNT])) * per_pair
+    terms: Terms,
+    output: Tensor,
+    row_maximum: Tensor,
+    row_scale: Tensor,
+    options: Options,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The backend's ``attention_backward`` by way of the op."""
+    saved = (output, row_maximum, row_scale)
+    found = torch.ops.fastseq.attention_backward(
+        grad_output, grad_lse, query, key, value, *terms, *saved, *options, needs
+    )
+    return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
 
 
 # --- entry points
@@ -392,8 +371,9 @@ def plain_attention(
     # One test after the other without a function around them: together they are what the call has
     # to spend. The kernels' side looks at the tensors.
     if (
-        torch.compiler.is_compiling()
+        _is_compiling()
         or _dispatch_modes() > 0
+        or profiler._is_profiler_enabled
         or _is_any_autocast_enabled()
         or _get_tracing_state()
         or _are_transforms_active()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 from fastseq import _config
 
@@ -22,6 +22,7 @@ def plain_decoder_step(*arguments: Any) -> Tensor | None:
         torch.compiler.is_compiling()
         or not _config.fused_everywhere
         or torch._C._len_torch_dispatch_stack() > 0
+        or profiler._is_profiler_enabled
         or torch._C._is_any_autocast_enabled()
         or torch._C._get_tracing_state()
         or torch._C._are_functorch_transforms_active()

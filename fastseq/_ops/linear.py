@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
+from torch.autograd import forward_ad, profiler
 
 from fastseq import _config
 from fastseq._linear import NONE, RELU
 from fastseq._ops.shared import (
     PLAIN_TYPES,
     has_lazy_negation,
+    is_traced,
     is_watched,
     library,
     needs_gradient,
@@ -41,6 +41,7 @@ library.define(
 )
 
 _backend: Any = None
+_is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _get_tracing_state = torch._C._get_tracing_state
@@ -236,39 +237,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _backward(ctx, grad_output, torch.is_grad_enabled(), _cpu().linear_backward)
+        watched = is_watched()
+        backward = torch.ops.fastseq.linear_backward if watched else _cpu().linear_backward
+        grads = _backward(ctx, grad_output, torch.is_grad_enabled(), backward)
         grad_residual = grad_output if ctx.needs_input_grad[3] else None
         return *grads, grad_residual, None, None, None
-
-
-# --- work, for torch.utils.flop_counter
-
-
-@register_flop_formula(torch.ops.fastseq.linear_forward)
-def _forward_flops(
-    input_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any
-) -> int:
-    return 2 * math.prod(input_shape) * weight_shape[0]
-
-
-@register_flop_formula(torch.ops.fastseq.linear_backward)
-def _backward_flops(
-    grad_shape: Sequence[int],
-    input_shape: Sequence[int] | None,
-    weight_shape: Sequence[int] | None,
-    seed: Any,
-    saved: Any,
-    activation: int,
-    dropout_p: float,
-    needs: Sequence[bool],
-    **_: Any,
-) -> int:
-    flops = 0
-    if needs[0] and weight_shape is not None:
-        flops += 2 * math.prod(grad_shape) * weight_shape[1]
-    if needs[1] and input_shape is not None:
-        flops += 2 * math.prod(grad_shape) * input_shape[-1]
-    return flops
 
 
 # --- entry points
@@ -285,9 +258,10 @@ def plain_linear(
     # One test after the other without a function around them: together they are what the call has
     # to spend. The kernels' side looks at the tensors.
     if (
-        torch.compiler.is_compiling()
+        _is_compiling()
         or not _config.fused_everywhere
         or _dispatch_modes() > 0
+        or profiler._is_profiler_enabled
         or _is_any_autocast_enabled()
         or _get_tracing_state()
         or _are_transforms_active()
@@ -314,11 +288,11 @@ def linear(
     shape of the output.
     """
     arguments = (input, weight, bias, residual, seed, activation, dropout_p)
-    if not is_watched():
+    if not is_traced():
         # Other types (weights quantized by a wrapper, say) know torch's operators, not ours.
         if wants_composite() or not _are_plain(input, weight, bias, residual):
             return reference_linear.linear(*arguments)
-        if not has_lazy_negation(input, weight, bias, residual):
+        if not is_watched() and not has_lazy_negation(input, weight, bias, residual):
             if needs_gradient((input, weight, bias, residual)):
                 return _Linear.apply(*arguments)
             output: Tensor = _cpu().linear_forward(*arguments, False)[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 from fastseq import _config
 from fastseq._norm import NormOptions
@@ -40,6 +40,7 @@ library.define(
 )
 
 _backend: Any = None
+_is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _get_tracing_state = torch._C._get_tracing_state
@@ -280,16 +281,19 @@ class _Norm(torch.autograd.Function):
                 grad_output, grad_sum, x, weight, bias, seed, options, needs
             )
         else:
-            found = _cpu().norm_backward(
+            arguments = (
                 torch.zeros_like(x) if grad_output is None else grad_output,
                 grad_sum,
                 x,
                 weight,
                 seed,
                 statistics,
-                options,
-                _needed(needs, options.dropout_p),
             )
+            wanted = _needed(needs, options.dropout_p)
+            if is_watched():
+                found = torch.ops.fastseq.norm_backward(*arguments, *options, wanted)
+            else:
+                found = _cpu().norm_backward(*arguments, options, wanted)
             grads = _gradients(found, needs, options.dropout_p)
         return *grads, None, None
 
@@ -314,8 +318,9 @@ def plain_norm(
     """
     # One test after the other without a function around them, as for attention.
     if (
-        torch.compiler.is_compiling()
+        _is_compiling()
         or _dispatch_modes() > 0
+        or profiler._is_profiler_enabled
         or _is_any_autocast_enabled()
         or _get_tracing_state()
         or _are_transforms_active()

@@ -7,7 +7,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad, profiler
 
+from fastseq import _config
 from fastseq._cells import GATES, RESERVE_LAYOUT
 from fastseq._ops.shared import (
     PLAIN_TYPES,
@@ -45,10 +47,22 @@ library.define(
 )
 
 
-def _cpu() -> Any:
-    from fastseq.backends import cpu
+_backend: Any = None
+_is_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_get_tracing_state = torch._C._get_tracing_state
+_are_transforms_active = torch._C._are_functorch_transforms_active
 
-    return cpu
+
+def _cpu() -> Any:
+    global _backend
+    if _backend is None:
+        from fastseq.backends import cpu
+
+        _backend = cpu
+    return _backend
 
 
 # --- kernels
@@ -211,27 +225,28 @@ def _backward(
             grads, input, hx, cx, weights, ctx.options, batch_sizes, lengths, needs
         )
     else:
-        result = torch.ops.fastseq.rnn_backward(
-            *grads,
-            input,
-            hx,
-            cx,
-            weights,
-            output,
-            reserve,
-            batch_sizes,
-            lengths,
-            *ctx.options,
-            needs,
-        )
+        arguments = (*grads, input, hx, cx, weights, output, reserve)
+        result = _dispatched_backward(arguments, ctx.options, batch_sizes, lengths, needs)
     grad_input, grad_hx, grad_cx, grad_weights = result
-    return (
-        grad_input if needs_input else None,
-        grad_hx if needs_hx else None,
-        grad_cx if needs_cx else None,
-        [grad if needed else None for grad, needed in zip(grad_weights, needs[3:], strict=True)],
-        *(None,) * 9,
+    return grad_input, grad_hx, grad_cx, grad_weights, *(None,) * 9
+
+
+def _dispatched_backward(
+    arguments: tuple[Any, ...],
+    options: Options,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
+    """The backend's ``rnn_backward`` by way of the op."""
+    *grads, grad_weights = torch.ops.fastseq.rnn_backward(
+        *arguments, batch_sizes, lengths, *options, needs
     )
+    grad_input, grad_hx, grad_cx = (
+        grad if need else None for grad, need in zip(grads, needs[:3], strict=True)
+    )
+    weights = [grad if need else None for grad, need in zip(grad_weights, needs[3:], strict=True)]
+    return grad_input, grad_hx, grad_cx, weights
 
 
 torch.library.register_autograd(
@@ -307,19 +322,15 @@ class _RnnLayer(torch.autograd.Function):
                 grads, input, hx, cx, weights, ctx.options, batch_sizes, lengths, needs
             )
         else:
-            grad_input, grad_hx, grad_cx, grad_weights = _cpu().rnn_backward(
-                *grads,
-                input,
-                hx,
-                cx,
-                weights,
-                output,
-                reserve,
-                *ctx.options,
-                batch_sizes,
-                lengths,
-                needs,
-            )
+            arguments = (*grads, input, hx, cx, weights, output, reserve)
+            if is_watched():
+                grad_input, grad_hx, grad_cx, grad_weights = _dispatched_backward(
+                    arguments, ctx.options, batch_sizes, lengths, needs
+                )
+            else:
+                grad_input, grad_hx, grad_cx, grad_weights = _cpu().rnn_backward(
+                    *arguments, *ctx.options, batch_sizes, lengths, needs
+                )
         return grad_input, grad_hx, grad_cx, None, None, None, *grad_weights
 
 
@@ -340,12 +351,18 @@ def plain_layer(
     is not as plain as that or its arguments do not fit: the general way decides then, and words
     the error where there is one. The weights are looked at anew at every call.
     """
+    # One test after the other without a function around them: together they are what the call has
+    # to spend.
     if (
-        torch.is_grad_enabled()
-        or is_watched()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._get_tracing_state()
-        or wants_composite()
+        _is_grad_enabled()
+        or _is_compiling()
+        or _dispatch_modes() > 0
+        or profiler._is_profiler_enabled
+        or _is_any_autocast_enabled()
+        or _get_tracing_state()
+        or _are_transforms_active()
+        or forward_ad._current_level >= 0
+        or (_config._backend or _config.backend_name()) != "cpu"
         or has_lazy_negation(input, hx, cx)
     ):
         return None

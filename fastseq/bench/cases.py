@@ -19,10 +19,8 @@ from fastseq.bench.attention_cases import (
 )
 from fastseq.bench.rnn_cases import (
     DIRECTIONS,
-    ELEMENT_BYTES,
     GATES,
     RNN_GRID,
-    STATES,
     Case,
     CaseOptions,
     Direction,
@@ -41,14 +39,12 @@ from fastseq.bench.transformer_cases import (
 __all__ = [
     "ATTENTION_SUITE",
     "DIRECTIONS",
-    "ELEMENT_BYTES",
     "GATES",
     "LAYERS",
     "QUICK",
     "REGISTRY",
     "RNN_GRID",
     "RNN_SUITE",
-    "STATES",
     "SUITES",
     "TRANSFORMER_SUITE",
     "AnyCase",

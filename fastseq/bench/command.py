@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from fastseq.bench import compare, html, readme, run_command
+from fastseq.bench import compare, html, model, readme, run_command
 from fastseq.bench.cases import SUITES, select
 
 
@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     readme.add_command(commands)
     compare.add_command(commands)
     html.add_command(commands)
+    model.add_command(commands)
     return parser
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from fastseq._work import ELEMENT_BYTES
 from fastseq.bench import memory
 from fastseq.bench.build import BuiltCase, build, input_tensor, layer_call
 from fastseq.bench.results import OURS
 from fastseq.bench.timing import Timing, interleave
-from fastseq.bench.transformer_cases import ELEMENT_BYTES, TransformerCase
+from fastseq.bench.transformer_cases import TransformerCase
 
 _NEW_SHAPES = 15
 _LATER_CALLS = 5

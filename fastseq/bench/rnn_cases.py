@@ -10,15 +10,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastseq import _cells
+from fastseq._work import ELEMENT_BYTES, RecurrentSizes, Traffic
 
 Direction = Literal["inference", "training"]
 
 # Gates per layer kind: how many rows of length H each weight matrix stacks.
 GATES = {"lstm": _cells.GATES["lstm"], "gru": _cells.GATES["gru"], "rnn": _cells.GATES["rnn_tanh"]}
-# States a layer carries from step to step (LSTM: hidden and cell).
-STATES: dict[str, int] = {"lstm": 2, "gru": 1, "rnn": 1}
-
-ELEMENT_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -123,9 +120,24 @@ class Case:
         """(step, sequence) pairs that have to be computed: T*B when nothing is padded."""
         return sum(self.lengths())
 
-    def _layer_input_sizes(self) -> list[int]:
+    def _layers(self) -> list[RecurrentSizes]:
+        """The stacked layers, from the input up."""
         directions = 2 if self.options.bidirectional else 1
-        return [self.I] + [self.output_size * directions] * (self.options.num_layers - 1)
+        cell, rows = "rnn_tanh" if self.layer == "rnn" else self.layer, self.rows()
+        inputs = [self.I] + [self.output_size * directions] * (self.options.num_layers - 1)
+        return [
+            RecurrentSizes(
+                cell,
+                rows,
+                self.B,
+                size,
+                self.H,
+                self.options.proj_size,
+                directions,
+                self.options.bias,
+            )
+            for size in inputs
+        ]
 
     def flops(self) -> int:
         """Floating-point operations of the matrix products, a multiply-add counted as two.
@@ -134,27 +146,15 @@ class Case:
         ``2*T*B*(G*H*(I+R) + H*R)``. Training is three times that: forward, gradient of the
         data, gradient of the weights. The element-wise part is left out, as is customary.
         """
-        gates, hidden, recurrent = GATES[self.layer], self.H, self.output_size
-        per_row = 0
-        for input_size in self._layer_input_sizes():
-            per_row += gates * hidden * (input_size + recurrent)
-            if self.options.proj_size:
-                per_row += hidden * recurrent
-        directions = 2 if self.options.bidirectional else 1
-        forward = 2 * self.rows() * directions * per_row
-        return 3 * forward if self.direction == "training" else forward
+        training = self.direction == "training"
+        return sum(
+            layer.forward_flops() + (layer.backward_flops() if training else 0)
+            for layer in self._layers()
+        )
 
     def weight_elements(self) -> int:
         """Number of weights and biases."""
-        gates, hidden, recurrent = GATES[self.layer], self.H, self.output_size
-        count = 0
-        for input_size in self._layer_input_sizes():
-            count += gates * hidden * (input_size + recurrent)
-            if self.options.bias:
-                count += 2 * gates * hidden
-            if self.options.proj_size:
-                count += hidden * recurrent
-        return count * (2 if self.options.bidirectional else 1)
+        return sum(layer.weights() for layer in self._layers())
 
     def bytes(self) -> int:
         """Compulsory memory traffic: every array moved once per use, caches otherwise perfect.
@@ -162,19 +162,16 @@ class Case:
         Inference reads weights, input and initial states and writes output and final states;
         the sequence between stacked layers is written and read. Training also writes and reads
         the gates (and the LSTM's cell states) that backward needs, reads weights, input and
-        output once more, and writes the gradients of weights and input.
+        output once more, and writes the gradients of weights and input; that of a stacked layer's
+        input is read again by the layer below.
         """
-        rows, layers = self.rows(), self.options.num_layers
-        directions = 2 if self.options.bidirectional else 1
-        weights, inputs = self.weight_elements(), rows * self.I
-        outputs = rows * self.output_size * directions
-        states = 2 * layers * directions * self.B * self.H * STATES[self.layer]
-        elements = weights + inputs + outputs + states + 2 * (layers - 1) * outputs
-        if self.direction == "training":
-            saved_per_row = (GATES[self.layer] + STATES[self.layer] - 1) * self.H
-            saved = layers * directions * rows * saved_per_row
-            elements += 2 * saved + 2 * weights + 2 * inputs + 2 * layers * outputs
-        return elements * ELEMENT_BYTES[self.dtype]
+        training = self.direction == "training"
+        traffic = Traffic(0, 0)
+        for layer in self._layers():
+            traffic = traffic.plus(layer.forward_traffic(training))
+            if training:
+                traffic = traffic.plus(layer.backward_traffic())
+        return traffic.total * ELEMENT_BYTES[self.dtype]
 
 
 def make_case(

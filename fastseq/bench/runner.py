@@ -165,6 +165,8 @@ def _peer_calls(family: Family, built: Any, result: CaseResult, plan: Plan) -> d
                 calls[name] = _engine(name, built, result)
         except (CompileSkippedError, peers.PeerSkippedError) as error:
             result.skipped[name] = str(error)
+        except Exception as error:  # somebody else's error should not cost our own figures
+            result.skipped[name] = _one_line(error)
     return calls
 
 

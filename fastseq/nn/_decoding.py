@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastseq import _ops, functional
 from fastseq._linear import ACTIVATIONS
-from fastseq._ops.shared import PLAIN_TYPES, is_watched
+from fastseq._ops.shared import PLAIN_TYPES, is_traced
 from fastseq.functional import layer_norm, linear
 from fastseq.nn import _attention_arguments as arguments
 from fastseq.nn import _transformer_parts as parts
@@ -145,7 +145,7 @@ def _memory_plan(
 
 def _is_plain(layer: TransformerDecoderLayer, tgt: Tensor) -> bool:
     """Whether nothing but weights and tensors matters: no dropout, no gradient, no option."""
-    if type(tgt) not in PLAIN_TYPES or is_watched() or torch.is_grad_enabled():
+    if type(tgt) not in PLAIN_TYPES or is_traced() or torch.is_grad_enabled():
         return False
     for name, part in layer._modules.items():
         if part is None or part.training:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.transformer import _detect_is_causal_mask
 
-from fastseq._ops.shared import PLAIN_TYPES, is_watched
+from fastseq._ops.shared import PLAIN_TYPES, is_traced
 from fastseq.backends import fallback_reason
 from fastseq.nn import _attention_arguments as arguments
 from fastseq.nn import _transformer_parts as parts
@@ -266,7 +266,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             or masks.bias is not None
             or type(src) not in PLAIN_TYPES
             or not arguments.is_readable(hidden)
-            or is_watched()
+            or is_traced()
         ):
             return None
         if torch.is_grad_enabled() and (

@@ -50,7 +50,9 @@ def _onnxruntime(built: AnyBuilt, threads: int) -> PreparedPeer:
 
 
 def _openvino(built: AnyBuilt, threads: int) -> PreparedPeer:
-    raise PeerSkippedError("not built yet")
+    from fastseq.bench.peers import openvino_peer
+
+    return openvino_peer.prepare(built, threads)
 
 
 _LIBRARIES: dict[str, Callable[[AnyBuilt, int], PreparedPeer]] = {

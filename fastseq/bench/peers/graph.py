@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 OPSET = 17
 _IR_VERSION = 8
 
+# Shape and dtype by name.
+Outputs = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
 
 @dataclass
 class Graph:
@@ -26,12 +29,14 @@ class Graph:
         feeds: Values of its inputs by name.
         outputs: Shape and dtype of its outputs by name.
         results: Makes the case's results by name from the outputs by name.
+        in_place: Outputs that are written over an input: the input's name by theirs.
     """
 
     model: bytes
     feeds: dict[str, Tensor]
-    outputs: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    outputs: Outputs
     results: Callable[[dict[str, Tensor]], dict[str, Tensor]] = field(default=dict)
+    in_place: dict[str, str] = field(default_factory=dict)
 
 
 def element_type(dtype: torch.dtype) -> int:
@@ -52,8 +57,10 @@ def model_bytes(
     nodes: Sequence[NodeProto],
     feeds: dict[str, Tensor],
     constants: dict[str, Tensor],
-    outputs: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    outputs: Outputs,
+    *,
     domains: Sequence[str] = (),
+    opset: int = OPSET,
 ) -> bytes:
     """Check and serialise a graph; all shapes in it are fixed.
 
@@ -64,6 +71,7 @@ def model_bytes(
         constants: Its initialisers by name.
         outputs: Shape and dtype of its outputs by name.
         domains: Operator sets beside ONNX's own, version 1; their operators are not checked.
+        opset: Version of ONNX's own operator set.
     """
     from onnx import checker, helper, numpy_helper
 
@@ -80,7 +88,7 @@ def model_bytes(
             for name, value in constants.items()
         ],
     )
-    sets = [helper.make_opsetid("", OPSET)]
+    sets = [helper.make_opsetid("", opset)]
     sets += [helper.make_opsetid(domain, 1) for domain in domains]
     model: ModelProto = helper.make_model(graph, opset_imports=sets, ir_version=_IR_VERSION)
     checker.check_model(model)

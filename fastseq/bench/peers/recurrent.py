@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from fastseq.bench.build import BuiltCase
 from fastseq.bench.cases import GATES, Case
-from fastseq.bench.peers.graph import Graph, model_bytes
+from fastseq.bench.peers.graph import Graph, Outputs, model_bytes
 from fastseq.bench.peers.prepared import PeerSkippedError
 
 # Where each of ONNX's gates is found among torch's: i o f c from i f g o, z r h from r z n.
@@ -74,7 +74,7 @@ def graph(built: BuiltCase) -> Graph:
     feeds = _feeds(built)
     constants: dict[str, Tensor] = {}
     nodes = []
-    outputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    outputs: Outputs = {}
     below = "X"
     last = case.options.num_layers - 1
     for index in range(last + 1):

@@ -1,0 +1,195 @@
+"""The work of the ops for :class:`torch.utils.flop_counter.FlopCounterMode`.
+
+Matrix products only, as for torch's own operators; the norms have none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastseq._attention import Terms
+from fastseq._ops import attention, linear, recurrent  # noqa: F401  they define the ops
+from fastseq._ops.shared import PLAIN_TYPES
+
+_TERMS = len(Terms._fields)
+
+# --- recurrent layers
+
+
+def _rows(input: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None) -> int:
+    """(sequence, step) pairs that exist."""
+    if batch_sizes is not None:
+        return input.shape[0]
+    if lengths is not None and _is_known(lengths):
+        return int(lengths.sum())
+    return input.shape[0] * input.shape[1]
+
+
+def _rows_without_predecessor(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    batch_first: bool,
+    reverse: bool,
+) -> int:
+    """Rows of the step that a direction begins with; 0 where values would have to say it."""
+    if batch_sizes is not None:
+        return int(batch_sizes[-1 if reverse else 0]) if _is_known(batch_sizes) else 0
+    steps, batch = input.shape[:2][:: -1 if batch_first else 1]
+    if lengths is not None:
+        if not _is_known(lengths):
+            return 0
+        return int((lengths == steps).sum() if reverse else (lengths > 0).sum())
+    return batch
+
+
+def _is_known(tensor: Tensor) -> bool:
+    """Whether the tensor holds values, not only a shape."""
+    return type(tensor) in PLAIN_TYPES and not tensor.is_meta
+
+
+def _recurrent_sizes(
+    weights: Sequence[Tensor], has_biases: bool, bidirectional: bool
+) -> tuple[int, int, int, int]:
+    """Multiply-adds per row of the input, recurrent and projecting product; tensors a direction."""
+    each = len(weights) // (2 if bidirectional else 1)
+    projection = weights[each - 1].numel() if each > (4 if has_biases else 2) else 0
+    return weights[0].numel(), weights[1].numel(), projection, each
+
+
+@register_flop_formula(torch.ops.fastseq.rnn_forward, get_raw=True)
+def _rnn_forward_flops(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    cell: str,
+    has_biases: bool,
+    proj_size: int,
+    bidirectional: bool,
+    batch_first: bool,
+    *_: Any,
+    out_val: Any = None,
+    **__: Any,
+) -> int:
+    rows = _rows(input, batch_sizes, lengths)
+    *products, _each = _recurrent_sizes(weights, has_biases, bidirectional)
+    return 2 * (2 if bidirectional else 1) * rows * sum(products)
+
+
+@register_flop_formula(torch.ops.fastseq.rnn_backward, get_raw=True)
+def _rnn_backward_flops(
+    grad_output: Tensor | None,
+    grad_hy: Tensor | None,
+    grad_cy: Tensor | None,
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    reserve: Tensor,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    cell: str,
+    has_biases: bool,
+    proj_size: int,
+    bidirectional: bool,
+    batch_first: bool,
+    needs: Sequence[bool],
+    *,
+    out_val: Any = None,
+    **_: Any,
+) -> int:
+    """As autograd counts: the way back through each product, and the gradient of each weight."""
+    rows = _rows(input, batch_sizes, lengths)
+    from_input, from_hidden, projection, each = _recurrent_sizes(weights, has_biases, bidirectional)
+    total = 0
+    for direction in range(2 if bidirectional else 1):
+        first = _rows_without_predecessor(input, batch_sizes, lengths, batch_first, direction == 1)
+        needs_weights = needs[3 + direction * each : 3 + (direction + 1) * each]
+        # The step that a direction begins with hands nothing on unless the initial state asks.
+        total += from_hidden * (rows if needs[1] else rows - first) + projection * rows
+        total += rows * (from_input * needs[0] + from_input * needs_weights[0])
+        total += rows * from_hidden * needs_weights[1]
+        total += rows * projection * needs_weights[-1]
+    return 2 * total
+
+
+# --- attention
+
+
+def _pairs(query: Tensor, key: Tensor, terms: Terms) -> int:
+    """(query, key) pairs over all heads; as for torch's own op, masks do not lessen them."""
+    if query.dim() == 4:
+        keys = key.shape[2]
+        if terms.block_table is not None:
+            keys *= terms.block_table.shape[1]
+        return query.shape[0] * query.shape[1] * query.shape[2] * keys
+    assert terms.query_starts is not None
+    assert terms.key_starts is not None
+    if _is_known(terms.query_starts):
+        pairs = int((terms.query_starts.diff() * terms.key_starts.diff()).sum())
+    else:  # values are unknown: as if all sequences were equally long
+        pairs = query.shape[0] * key.shape[0] // max(terms.query_starts.shape[0] - 1, 1)
+    return query.shape[1] * pairs
+
+
+@register_flop_formula(torch.ops.fastseq.attention_forward, get_raw=True)
+def _attention_forward_flops(
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any = None, **_: Any
+) -> int:
+    return 2 * _pairs(query, key, Terms(*rest[:_TERMS])) * (key.shape[-1] + value.shape[-1])
+
+
+@register_flop_formula(torch.ops.fastseq.attention_backward, get_raw=True)
+def _attention_backward_flops(
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *rest: Any,
+    out_val: Any = None,
+    **_: Any,
+) -> int:
+    # Scores, their gradient's two products and the weights' again, and the values' gradient.
+    per_pair = 3 * key.shape[-1] + 2 * value.shape[-1]
+    return 2 * _pairs(query, key, Terms(*rest[:_TERMS])) * per_pair
+
+
+# --- linear
+
+
+@register_flop_formula(torch.ops.fastseq.linear_forward)
+def _linear_forward_flops(
+    input_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return 2 * math.prod(input_shape) * weight_shape[0]
+
+
+@register_flop_formula(torch.ops.fastseq.linear_backward)
+def _linear_backward_flops(
+    grad_shape: Sequence[int],
+    input_shape: Sequence[int] | None,
+    weight_shape: Sequence[int] | None,
+    seed: Any,
+    saved: Any,
+    activation: int,
+    dropout_p: float,
+    needs: Sequence[bool],
+    **_: Any,
+) -> int:
+    flops = 0
+    if needs[0] and weight_shape is not None:
+        flops += 2 * math.prod(grad_shape) * weight_shape[1]
+    if needs[1] and input_shape is not None:
+        flops += 2 * math.prod(grad_shape) * input_shape[-1]
+    return flops
