@@ -12,6 +12,7 @@ import pytest
 import synthetic_results as synthetic
 
 from fastseq.bench import command
+from fastseq.bench.cases import select
 from fastseq.bench.html import charts, colour, content, figures
 from fastseq.bench.html.content import Source
 from fastseq.bench.html.page import render
@@ -30,12 +31,21 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text: list[str] = []
+        self.panel: dict[str, str | None] = {}
         self.feed(text)
         self.close()
         assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
+        found = dict(attrs)
+        if "data-for-peer" in found:
+            self.panel = {
+                "data-peer": found["data-for-peer"],
+                "data-threads": found["data-for-threads"],
+            }
+        if tag == "td" and "data-case" in found:
+            found |= self.panel
+        self.elements.append((tag, found))
         if tag not in VOID:
             self.open.append(tag)
 
@@ -221,6 +231,12 @@ def test_log_ticks_are_round_and_within() -> None:
     assert charts.log_ticks(1e-6, 1) == pytest.approx([10.0**p for p in range(-6, 1)])
 
 
+def test_the_whole_registry_stays_below_two_megabytes() -> None:
+    results = [synthetic.record(case, n) for case in select("full") for n in (1, 2)]
+    document = {**synthetic.document(only=0), "results": results}
+    assert len(render([source(document)]).encode()) < 2e6
+
+
 # --- the command
 
 
@@ -345,7 +361,9 @@ def test_dom_shows_the_ratios_of_the_file(
     chromium.open(page_file, width=800)
     cells = chromium.evaluate(
         "[...document.querySelectorAll('.heat td[data-ratio]')].map(e => [e.dataset.case,"
-        " e.dataset.peer, Number(e.dataset.threads), Number(e.dataset.ratio), e.textContent])"
+        " e.closest('[data-for-peer]').dataset.forPeer,"
+        " Number(e.closest('[data-for-peer]').dataset.forThreads), Number(e.dataset.ratio),"
+        " e.textContent])"
     )
     expected = synthetic.speedups(document)
     assert {(case, peer, n): ratio for case, peer, n, ratio, _ in cells} == expected
@@ -356,8 +374,9 @@ def test_dom_shows_the_ratios_of_the_file(
 def test_peer_and_threads_can_be_chosen(chromium: browser.Browser, page_file: Path) -> None:
     chromium.open(page_file, width=360)
     shown = (
-        "[...new Set([...document.querySelectorAll('.heat td[data-peer]')]"
-        ".filter(e => e.checkVisibility()).map(e => e.dataset.peer + ' ' + e.dataset.threads))]"
+        "[...new Set([...document.querySelectorAll('.heat td[data-ratio]')]"
+        ".filter(e => e.checkVisibility()).map(e => e.closest('[data-for-peer]').dataset)"
+        ".map(data => data.forPeer + ' ' + data.forThreads))]"
     )
     assert chromium.evaluate(shown) == ["torch 2"]
     for name, value in (("peer", "onnxruntime"), ("threads", "1")):
