@@ -12,7 +12,11 @@ BUILD_INPUTS := pyproject.toml $(wildcard CMakeLists.txt) \
           -o -name 'CMakeLists.txt' -o -name '*.pyx' -o -name '*.pxd' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench report lint format clean
+# What the README shows of measurements comes from these files and nowhere else.
+RESULTS := $(addprefix benchmarks/results/,rnn.json attention.json transformer.json)
+FILL_README = $(BIN)/python -m fastseq.bench readme $(RESULTS) README.md --figures docs/figures
+
+.PHONY: help demo test bench report readme lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -26,16 +30,15 @@ test: $(VENV)/.installed  ## run the test suite
 bench: $(VENV)/.bench  ## time the layers against torch.nn (pytest-benchmark)
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only $(ARGS)
 
-report: $(VENV)/.bench  ## measure every peer, then redo the README's tables and picture
+report: $(VENV)/.bench  ## measure every peer, then redo the README's tables and pictures, and a page
 	$(BIN)/python -m fastseq.bench run --suite rnn --json benchmarks/results/rnn.json $(ARGS)
 	$(BIN)/python -m fastseq.bench run --suite attention --json benchmarks/results/attention.json $(ARGS)
 	$(BIN)/python -m fastseq.bench run --suite transformer --json benchmarks/results/transformer.json $(ARGS)
-	$(BIN)/python -m fastseq.bench readme benchmarks/results/rnn.json README.md
-	$(BIN)/python -m fastseq.bench readme benchmarks/results/attention.json README.md
-	$(BIN)/python -m fastseq.bench readme benchmarks/results/transformer.json README.md
-	$(BIN)/python -m fastseq.bench plot benchmarks/results/rnn.json --output docs/figures/rnn-speedups.svg
-	$(BIN)/python -m fastseq.bench plot benchmarks/results/attention.json --output docs/figures/attention-speedups.svg
-	$(BIN)/python -m fastseq.bench plot benchmarks/results/transformer.json --output docs/figures/transformer-speedups.svg
+	$(FILL_README)
+	$(BIN)/python -m fastseq.bench report $(RESULTS) --html build/report.html
+
+readme: $(VENV)/.bench  ## redo the README's tables and pictures from the results that are here
+	$(FILL_README)
 
 lint: $(VENV)/.lint  ## check style and types
 	$(BIN)/ruff check .

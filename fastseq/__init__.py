@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastseq.convert import Report, convert, revert
     from fastseq.generation import Beam, Greedy, Sample, generate
     from fastseq.patch import patch_sdpa
+    from fastseq.profiler import Profile, profile
 
 try:
     __version__ = version("fastseq")
@@ -29,6 +30,7 @@ _HOME = {
     "Beam": "generation",
     "FastseqFallbackWarning": "backends",
     "Greedy": "generation",
+    "Profile": "profiler",
     "Report": "convert",
     "Sample": "generation",
     "backend": "_config",
@@ -38,6 +40,7 @@ _HOME = {
     "isa": "_config",
     "linear_product": "_config",
     "patch_sdpa": "patch",
+    "profile": "profiler",
     "revert": "convert",
     "set_isa": "_config",
 }
@@ -47,6 +50,7 @@ __all__ = [
     "Beam",
     "FastseqFallbackWarning",
     "Greedy",
+    "Profile",
     "Report",
     "Sample",
     "__version__",
@@ -61,6 +65,7 @@ __all__ = [
     "linear_product",
     "nn",
     "patch_sdpa",
+    "profile",
     "revert",
     "set_isa",
 ]

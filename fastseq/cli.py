@@ -18,9 +18,23 @@ def _bench(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def _profile(arguments: Sequence[str]) -> int:
+    from fastseq.profiler.command import main
+
+    return main(arguments)
+
+
+def _roof(arguments: Sequence[str]) -> int:
+    from fastseq.profiler.command import roof_main
+
+    return roof_main(arguments)
+
+
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "info": (_info, "versions, instruction sets, threads, caches"),
     "bench": (_bench, "time the layers against torch.nn and onnxruntime"),
+    "profile": (_profile, "run a program and show what the kernels' time goes into"),
+    "roof": (_roof, "what this machine can do: multiply-adds and memory, measured once"),
 }
 
 

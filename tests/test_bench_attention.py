@@ -9,10 +9,11 @@ import torch
 from test_bench_cases import by_name
 
 import fastseq.nn
-from fastseq.bench import attention, command, report, runner
+from fastseq.bench import attention, command, report, results, runner, screen
 from fastseq.bench.attention_cases import AttentionCase, AttentionOptions, make_attention_case
 from fastseq.bench.cases import ATTENTION_SUITE, from_record, select
 
+PLAN = runner.Plan(peers=("torch",), seconds=0.01)
 OPTIONS = [
     AttentionOptions(),
     AttentionOptions(causal=True),
@@ -138,16 +139,16 @@ def test_gate_catches_a_wrong_result(value: float, monkeypatch: pytest.MonkeyPat
 
 def test_runner_and_reports() -> None:
     cases = [SMALL_CASES[1], SMALL_CASES[9]]
-    results = list(runner.run(cases, suite="attention", seconds=0.01))
-    table = report.new_table()
-    for result in results:
+    found = list(runner.run(cases, PLAN))
+    table = screen.new_table()
+    for result in found:
         assert set(result.timings) == {"torch", "fastseq"}
-        report.add_row(table, result)
+        screen.add_row(table, result)
     assert table.row_count == 2
     machine = {"cpu": "C", "threads": 2, "isa": "base", "libraries": {"torch": "1"}, "date": "D"}
-    document = json.loads(json.dumps(report.to_json(results, machine, "attention")))
-    assert report.from_json(document) == results
-    text = report.fill_markers("<!-- bench:attention --><!-- /bench -->", results, machine)
+    document = json.loads(json.dumps(results.to_json(found, machine, "attention")))
+    assert results.from_json(document) == found
+    text = report.fill_markers("<!-- bench:attention --><!-- /bench -->", found, machine)
     assert "| B3 H2 S17 E9 | causal |" in text
     assert "window3_0" in text
 
@@ -161,8 +162,8 @@ def test_plot_draws_attention(tmp_path) -> None:
     pytest.importorskip("matplotlib")
     from fastseq.bench.plot import draw
 
-    results = list(runner.run([SMALL_CASES[0], SMALL_CASES[6]], suite="attention", seconds=0.01))
-    draw(results, {"cpu": "C", "threads": 2}, tmp_path / "figure.svg")
+    found = list(runner.run([SMALL_CASES[0], SMALL_CASES[6]], PLAN))
+    draw(found, {"cpu": "C", "threads": 2}, tmp_path / "figure.svg")
     assert "B3 H2 S17 E9" in (tmp_path / "figure.svg").read_text()
 
 

@@ -10,9 +10,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastseq.bench import build, command, gate, onnx_peer, report, runner
-from fastseq.bench.cases import RNN_SUITE, Case, CaseOptions, make_case, select
-from fastseq.bench.timing import interleave, summarize
+from fastseq.bench import build, command, families, gate, report, results, runner, screen
+from fastseq.bench.cases import (
+    LAYERS,
+    QUICK,
+    REGISTRY,
+    RNN_SUITE,
+    SUITES,
+    Case,
+    CaseOptions,
+    from_record,
+    make_case,
+    select,
+)
 
 # What torch says about its own layers is not about ours.
 pytestmark = [
@@ -21,6 +31,7 @@ pytestmark = [
 ]
 
 CASES = RNN_SUITE
+PLAN = runner.Plan(peers=("torch",), seconds=0.01)
 # One of each kind at a size that takes no time.
 SMALL_CASES = [
     make_case(layer, direction, T=5, B=3, I=7, H=9, options=options)
@@ -69,6 +80,67 @@ def test_grid_is_complete(layer: str, direction: str) -> None:
         (32, 512, 512),
         (64, 1024, 1024),
     }
+
+
+def test_every_case_is_registered_once_and_says_where_it_belongs() -> None:
+    assert SUITES["full"] == tuple(REGISTRY.values())
+    for name, case in REGISTRY.items():
+        assert case.name == name
+        assert case.tags
+        assert len(set(case.tags)) == len(case.tags)
+        for tag in case.tags:
+            assert case in SUITES[tag]
+    for suite, cases in SUITES.items():
+        assert cases
+        for case in cases:
+            assert suite == "full" or suite in case.tags
+
+
+def test_quick_is_a_little_of_everything() -> None:
+    quick = SUITES["quick"]
+    assert [case.name for case in quick] == list(QUICK)
+    assert 20 <= len(quick) <= 25
+    layers = {(case.layer, case.direction) for case in quick}
+    for direction in ("inference", "training"):
+        for layer in ("lstm", "gru", "rnn", "attention", "linear", "encoder"):
+            assert (layer, direction) in layers
+    assert {("mha", "inference"), ("layer_norm", "inference"), ("rms_norm", "training")} <= layers
+    assert {case.layer for case in quick} <= set(LAYERS)
+    assert "lstm-inference-T1-B1-H128" in QUICK
+    # No call of it may take much of the three minutes.
+    assert max(case.flops() for case in quick) < 6e10
+
+
+def test_heat_map_is_complete() -> None:
+    shapes = {(c.layer, c.direction, c.B, c.H) for c in SUITES["grid"] if isinstance(c, Case)}
+    assert len(shapes) == len(SUITES["grid"]) == 3 * 2 * 4 * 5
+    assert {(case.T, case.I == case.H, case.plain) for case in SUITES["grid"]} == {
+        (100, True, True)
+    }
+
+
+def test_sweeps_change_one_size() -> None:
+    lines: dict[tuple[str, int, int], list[int]] = {}
+    for case in SUITES["latency_vs_steps"]:
+        lines.setdefault((case.layer, case.B, case.H), []).append(case.T)
+        assert case.direction == "inference"
+    assert {key[:2] for key in lines} == {("lstm", 1), ("lstm", 16), ("gru", 1), ("gru", 16)}
+    assert {tuple(sorted(steps)) for steps in lines.values()} == {(1, 3, 10, 30, 100, 300, 1000)}
+    lengths = SUITES["memory_vs_length"]
+    assert [case.Sq for case in lengths] == [256, 512, 1024, 2048, 4096]
+    assert {case.direction for case in lengths} == {"training"}
+    assert all("peak_memory" in case.options.probes for case in lengths)
+
+
+def test_tags_change_no_name_and_survive_a_file() -> None:
+    case = REGISTRY["lstm-inference-T100-B16-H256"]
+    assert set(case.tags) == {"rnn", "grid", "latency_vs_steps"}
+    assert case.name == make_case("lstm", "inference", T=100, B=16, H=256).name
+    assert case.options.probes  # those of the suite that listed it first
+    record = json.loads(json.dumps(dataclasses.asdict(case)))
+    assert from_record(record) == case
+    del record["tags"]
+    assert from_record(record) == dataclasses.replace(case, tags=())
 
 
 def test_select_by_glob() -> None:
@@ -205,29 +277,17 @@ def test_gate_catches_a_wrong_result(value: float) -> None:
 
 def test_a_failed_gate_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = gate.GateResult((gate.TensorError("output", 1.0, 0.0, 0.1),))
-    monkeypatch.setattr(runner, "check", lambda built: wrong)
-    result = runner.run_case(SMALL_CASES[0], seconds=0.01)
+    family = dataclasses.replace(families.family_of(SMALL_CASES[0]), check=lambda built: wrong)
+    monkeypatch.setattr(runner, "family_of", lambda case: family)
+    result = runner.run_case(SMALL_CASES[0], PLAN)
     assert not result.timings
+    assert not result.first_call_s
     assert result.speedup("torch") is None
-    report.add_row(report.new_table(), result)
+    screen.add_row(screen.new_table(), result)
+    assert "FAILED" in screen.line(result, ["torch"])
 
 
 # --- runner and reports
-
-
-def test_interleave_visits_every_call_equally() -> None:
-    visited: list[str] = []
-    calls = {name: (lambda name=name: visited.append(name)) for name in "ab"}
-    timings = interleave(calls, seconds=0, minimum_visits=3, settle_seconds=0)
-    assert {timing.visits for timing in timings.values()} == {3}
-    assert "a" in visited
-    assert "b" in visited
-
-
-def test_summarize() -> None:
-    timing = summarize([1.0, 2.0, 3.0, 4.0, 5.0], calls_per_visit=1)
-    assert (timing.lower_quartile_s, timing.median_s, timing.upper_quartile_s) == (2.0, 3.0, 4.0)
-    assert summarize([1.0], calls_per_visit=1).upper_quartile_s == 1.0
 
 
 def tiny_results() -> list[runner.CaseResult]:
@@ -235,44 +295,38 @@ def tiny_results() -> list[runner.CaseResult]:
         make_case("lstm", "inference", T=1, B=1, H=8),
         make_case("gru", "training", T=3, B=2, H=8),
     ]
-    return list(runner.run(cases, seconds=0.01))
+    return list(runner.run(cases, PLAN))
 
 
-def test_runner_and_reports_on_tiny_cases(tmp_path: Path) -> None:
-    results = tiny_results()
-    streaming, training = results
-    assert {"torch", "fastseq", "fastseq.functional"} <= set(streaming.timings)
+def test_runner_and_reports_on_tiny_cases() -> None:
+    found = tiny_results()
+    streaming, training = found
+    assert set(streaming.timings) == {"torch", "fastseq", "fastseq.functional"}
     assert set(training.timings) == {"torch", "fastseq"}
-    assert "onnxruntime" in training.skipped
-    assert "onnxruntime" in {**streaming.timings, **streaming.skipped}
-    for result in results:
+    for result in found:
         speedup = result.speedup("torch")
         assert speedup is not None
         assert speedup > 0
-    table = report.new_table()
-    for result in results:
-        report.add_row(table, result)
+    table = screen.new_table()
+    for result in found:
+        screen.add_row(table, result)
     assert table.row_count == 2
-    assert report.notes(results)
-
-    machine = {"cpu": "C", "threads": 2, "isa": "base", "libraries": {"torch": "1"}, "date": "D"}
-    document = json.loads(json.dumps(report.to_json(results, machine, "rnn")))
-    assert report.from_json(document) == results
+    assert screen.notes(found)
 
 
 def test_readme_tables_follow_the_results(tmp_path: Path) -> None:
     machine = {"cpu": "C", "threads": 2, "isa": "base", "libraries": {"torch": "1"}, "date": "D"}
-    results, readme = tmp_path / "results.json", tmp_path / "README.md"
-    results.write_text(json.dumps(report.to_json(tiny_results(), machine, "rnn")))
+    file, readme = tmp_path / "results.json", tmp_path / "README.md"
+    results.save(file, results.to_json(tiny_results(), machine, "rnn"))
     readme.write_text("before\n<!-- bench:inference -->\nold\n<!-- /bench -->\nafter\n")
-    assert command.main(["readme", "--check", str(results), str(readme)]) == 2
-    assert command.main(["readme", str(results), str(readme)]) == 0
+    assert command.main(["readme", "--check", str(file), str(readme)]) == 2
+    assert command.main(["readme", str(file), str(readme)]) == 0
     text = readme.read_text()
     assert "old" not in text
     assert "| 1, 1, 8 |" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert command.main(["readme", "--check", str(results), str(readme)]) == 0
+    assert command.main(["readme", "--check", str(file), str(readme)]) == 0
 
 
 def test_readme_rejects_unknown_marker() -> None:
@@ -293,45 +347,11 @@ def test_plot_draws_every_case(tmp_path: Path) -> None:
     assert "T1 B1 H8" in svg
 
 
-def test_command_rejects_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["run", "--case", "nothing*"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
 def test_command_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["list", "--case", "lstm-*-T1-*"]) == 0
-    assert "lstm-inference-T1-B1-H128" in capsys.readouterr().out
-
-
-# --- onnxruntime
-
-
-@pytest.mark.parametrize(
-    ("layer", "options"),
-    [
-        ("lstm", CaseOptions()),
-        ("gru", CaseOptions()),
-        ("rnn", CaseOptions()),
-        ("lstm", CaseOptions(bidirectional=True)),
-        ("gru", CaseOptions(ragged=True)),
-        ("lstm", CaseOptions(bias=False)),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("steps", [1, 5])
-def test_onnxruntime_computes_the_same(layer: str, steps: int, options: CaseOptions) -> None:
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    built = build.build(make_case(layer, "inference", T=steps, B=3, I=7, H=9, options=options))
-    session = onnx_peer.prepare(built, threads=1)
-    assert gate.check_output(built, session.output())
-
-
-def test_onnxruntime_says_what_it_cannot_do() -> None:
-    options = CaseOptions(proj_size=2)
-    case = make_case("lstm", "inference", T=2, B=1, H=4, options=options)
-    with pytest.raises(onnx_peer.UnsupportedCaseError, match="projection"):
-        onnx_peer.prepare(build.build(case), threads=1)
+    shown = capsys.readouterr().out
+    assert "lstm-inference-T1-B1-H128" in shown
+    assert "quick" in shown
 
 
 # --- what the repository shows
@@ -340,7 +360,7 @@ def test_onnxruntime_says_what_it_cannot_do() -> None:
 @pytest.mark.parametrize("suite", ["rnn", "attention", "transformer"])
 def test_readme_shows_the_committed_results(suite: str) -> None:
     root = Path(__file__).parents[1]
-    results = root / "benchmarks" / "results" / f"{suite}.json"
-    if not results.exists():
+    file = root / "benchmarks" / "results" / f"{suite}.json"
+    if not file.exists():
         pytest.skip("no results are committed yet")
-    assert command.main(["readme", "--check", str(results), str(root / "README.md")]) == 0
+    assert command.main(["readme", "--check", str(file), str(root / "README.md")]) == 0

@@ -12,7 +12,18 @@ from test_bench_cases import by_name
 from torch import nn
 
 import fastseq
-from fastseq.bench import command, compiled, generation, memory, probes, report, runner, transformer
+from fastseq.bench import (
+    command,
+    compiled,
+    generation,
+    memory,
+    probes,
+    report,
+    results,
+    runner,
+    screen,
+    transformer,
+)
 from fastseq.bench.cases import TRANSFORMER_SUITE, from_record, select
 from fastseq.bench.transformer_cases import (
     VOCABULARY,
@@ -23,6 +34,7 @@ from fastseq.bench.transformer_cases import (
 
 MACHINE = {"cpu": "C", "threads": 2, "isa": "base", "libraries": {"torch": "1"}, "date": "D"}
 DIRECTIONS = ("inference", "training")
+PLAN = runner.Plan(peers=("torch",), seconds=0.01)
 
 FUNCTIONS = [
     *(
@@ -272,20 +284,20 @@ def test_runner_and_reports() -> None:
         GENERATION[0], options=TransformerOptions(probes=("read_bandwidth",))
     )
     cases = [FUNCTIONS[0], FUNCTIONS[6], copied, MODULES[1], reading]
-    results = list(runner.run(cases, suite="transformer", seconds=0.01, compiled=False))
-    table = report.new_table("transformer")
-    for result in results:
+    found = list(runner.run(cases, PLAN))
+    table = screen.new_table()
+    for result in found:
         assert set(result.timings) == {"torch", "fastseq"}
-        report.add_row(table, result)
+        screen.add_row(table, result)
     assert table.row_count == 5
-    assert results[2].gflops() is None
-    assert set(results[2].probes) == {"share_of_copy_bandwidth", "share_of_clone_bandwidth"}
-    assert results[4].probes["share_of_read_bandwidth"] > 0
-    assert report.notes(results)
-    document = json.loads(json.dumps(report.to_json(results, MACHINE, "transformer")))
-    assert report.from_json(document) == results
+    assert found[2].gflops() is None
+    assert set(found[2].probes) == {"share_of_copy_bandwidth", "share_of_clone_bandwidth"}
+    assert found[4].probes["share_of_read_bandwidth"] > 0
+    assert screen.notes(found)
+    document = json.loads(json.dumps(results.to_json(found, MACHINE, "transformer")))
+    assert results.from_json(document) == found
     text = "<!-- bench:transformer --><!-- /bench --><!-- bench:inference -->kept<!-- /bench -->"
-    text = report.fill_markers(text, results, MACHINE)
+    text = report.fill_markers(text, found, MACHINE)
     assert "| linear | 5x7 to 9 | - |" in text
     assert "| linear | 5x7 to 9 | residual, dropout0.5 | - |" in text
     assert "of copy" in text
@@ -295,7 +307,7 @@ def test_runner_and_reports() -> None:
 
 
 def test_the_better_of_torchs_two_forms_counts() -> None:
-    result = runner.run_case(FUNCTIONS[0], seconds=0.01, compiled=False)
+    result = runner.run_case(FUNCTIONS[0], PLAN)
     eager = result.timings["torch"]
     ratio = result.speedup("torch")
     assert ratio is not None
@@ -320,7 +332,8 @@ def test_compilation_that_fails_is_skipped(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("no compiler\nat all")
 
     monkeypatch.setattr(torch, "compile", fails)
-    result = runner.run_case(FUNCTIONS[0], seconds=0.01)
+    plan = runner.Plan(peers=("torch", "torch.compile"), seconds=0.01)
+    result = runner.run_case(FUNCTIONS[0], plan)
     assert result.skipped == {"torch.compile": "RuntimeError: no compiler"}
     assert set(result.timings) == {"torch", "fastseq"}
 
@@ -353,7 +366,7 @@ def test_peak_memory_of_a_layer() -> None:
     assert "peak_memory" in case.options.probes
     # At least the gradients of parameters and input are there at the end.
     results = 4 * (case.weight_elements() + case.B * case.S * case.E)
-    assert memory.measure(case, "fastseq", "peak", "transformer") > results
+    assert memory.measure(case, "fastseq", "peak") > results
 
 
 def test_plot_draws_the_transformer(tmp_path) -> None:
@@ -361,8 +374,8 @@ def test_plot_draws_the_transformer(tmp_path) -> None:
     from fastseq.bench.plot import draw
 
     cases = [FUNCTIONS[1], FUNCTIONS[7], MODULES[0], GENERATION[0]]
-    results = list(runner.run(cases, suite="transformer", seconds=0.01, compiled=False))
-    draw(results, MACHINE, tmp_path / "figure.svg")
+    found = list(runner.run(cases, PLAN))
+    draw(found, MACHINE, tmp_path / "figure.svg")
     svg = (tmp_path / "figure.svg").read_text()
     for label in ("5x7 to 9", "layer norm 5x9", "encoder B3 S17 E12 F20", "NORMS", "compiled"):
         assert label in svg

@@ -70,7 +70,7 @@ struct AttentionBackward {
     Buffers* buffers = lay_out(arena, threads, nullptr);
     lay_out(arena = Arena{arena.base}, threads, buffers);
     sizes.fill_spans();
-    sizes.profile_pairs();
+    sizes.profile_spans();
     if (call.grad_bias.data) memset(call.grad_bias.data, 0, (size_t)call.grad_bias_elements * sizeof(T));
     auto body = [this, buffers](int rank, int size) {
       Team team{rank, size, &barrier};

@@ -72,7 +72,7 @@ struct AttentionDecode {
     if (!arena.base) return FASTSEQ_OUT_OF_MEMORY;
     lay_out(arena, threads);
     sizes.fill_spans();
-    sizes.profile_pairs();
+    sizes.profile_spans();
     auto body = [this](int rank, int size) {
       Team team{rank, size, &barrier};
       int64_t heads = sizes.batch * sizes.kv_heads;

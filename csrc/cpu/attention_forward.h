@@ -106,7 +106,7 @@ struct AttentionForward {
     Buffers* buffers = lay_out(arena, threads, nullptr);
     lay_out(arena = Arena{arena.base}, threads, buffers);
     sizes.fill_spans();
-    sizes.profile_pairs();
+    sizes.profile_spans();
     auto body = [this, buffers](int rank, int size) {
       enter_phase(Phase::output);
       zero_unused_rows(rank, size);

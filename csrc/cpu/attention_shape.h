@@ -74,18 +74,22 @@ struct AttentionSizes {
     }
   }
 
-  // (query, key) pairs of one head over all sequences; what masks and biases hide by their values is not looked into.
-  int64_t visible_pairs() const {
-    int64_t pairs = 0;
-    for (int64_t b = 0; b < batch; ++b)
+  // What is known once the spans are: (query, key) pairs of one head, and rows, over all sequences. What masks and biases hide
+  // by their values is not looked into.
+  void profile_spans() const {
+    if (!__builtin_expect(fastseq_profiling, 0)) return;
+    int64_t pairs = 0, query_rows = 0, key_rows = 0;
+    for (int64_t b = 0; b < batch; ++b) {
+      query_rows += spans[b].queries;
+      key_rows += spans[b].keys;
       for (int64_t query = 0; query < spans[b].queries; ++query) {
         int64_t position = query + spans[b].shift;
         pairs += maximum(0, visible(spans[b], position, position).count());
       }
-    return pairs;
-  }
-  void profile_pairs() const {
-    if (__builtin_expect(fastseq_profiling, 0)) profile_size("pairs", visible_pairs());
+    }
+    profile_size("pairs", pairs);
+    profile_size("query_rows", query_rows);
+    profile_size("key_rows", key_rows);
   }
 
   // Keys that some query at positions [first, last] may see.

@@ -269,22 +269,20 @@ struct LinearBackward {
         memcpy(edge + row * W, row_at(row, panels - 1), (size_t)last_columns * sizeof(T));
     fastseq_matrix gradient = gradient_of(rows, outputs);
     T* tile = b.tile + team.rank * R * block_stride<T>;
-    multiply_blocked<T>(
-        [&](int64_t i, int64_t count, int64_t k, int64_t step) {
-          return copy_tile(at<T>(gradient, i, k), gradient.row_stride, count, step, tile);
-        },
-        mine, 0, outputs.count(), b.packed_weight, Range{0, panels},
-        [&](int64_t row, int64_t panel) {
-          bool through_edge = is_edge(panel);
-          T* c = through_edge ? edge + row * W : row_at(row, panel);
-          int64_t stride = through_edge ? W : call.grad_x.row_stride;
-          return TilePlace<T>{c, stride, adds ? c : zeros, adds ? stride : 0};
-        },
-        [&](int64_t row, int64_t count, int64_t panel) {
-          if (is_edge(panel))
-            for (int64_t r = row; r < row + count; ++r)
-              memcpy(row_at(r, panel), edge + r * W, (size_t)last_columns * sizeof(T));
-        });
+    multiply_blocked<T>([&](int64_t i, int64_t count, int64_t k,
+                            int64_t step) { return copy_tile(at<T>(gradient, i, k), gradient.row_stride, count, step, tile); },
+                        mine, 0, outputs.count(), b.packed_weight, Range{0, panels},
+                        [&](int64_t row, int64_t panel) {
+                          bool through_edge = is_edge(panel);
+                          T* c = through_edge ? edge + row * W : row_at(row, panel);
+                          int64_t stride = through_edge ? W : call.grad_x.row_stride;
+                          return TilePlace<T>{c, stride, adds ? c : zeros, adds ? stride : 0};
+                        },
+                        [&](int64_t row, int64_t count, int64_t panel) {
+                          if (is_edge(panel))
+                            for (int64_t r = row; r < row + count; ++r)
+                              memcpy(row_at(r, panel), edge + r * W, (size_t)last_columns * sizeof(T));
+                        });
   }
 
   // The same for few rows: some columns of all of them.

@@ -113,10 +113,7 @@ struct LinearForward {
   int64_t depth;    // K
 
   explicit LinearForward(const fastseq_linear_forward& call)
-      : call(call),
-        shape(call.shape),
-        weight((const T*)call.weight),
-        depth(call.shape.inputs) {}
+      : call(call), shape(call.shape), weight((const T*)call.weight), depth(call.shape.inputs) {}
 
   int run() {
     if (!shape.rows || !shape.outputs) return FASTSEQ_OK;
@@ -130,7 +127,6 @@ struct LinearForward {
   }
 
   int useful_threads() const { return linear_threads(shape.rows, depth, shape.outputs, shape.threads); }
-
 
   // The next outputs to work on, whole groups of dropout.
   Range next_outputs(RangeQueue& queue, int64_t least, int64_t most, int size) const {
@@ -155,7 +151,7 @@ struct LinearForward {
     auto body = [&](int, int size) {
       alignas(64) T sums[few_rows * dropout_group];
       enter_phase(Phase::product);  // the epilogue of so few rows goes under it
-      for (Range mine; (mine = next_outputs(queue, dropout_group, shape.outputs, size)).count();)
+      for (Range mine; (mine = next_outputs(queue, 4 * dropout_group, shape.outputs, size)).count();)
         for (int64_t column = mine.begin; column < mine.end; column += dropout_group) {
           int64_t columns = minimum(dropout_group, mine.end - column);
           for (int64_t v = 0; v < columns; v += L)

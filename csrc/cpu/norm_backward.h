@@ -50,10 +50,11 @@ struct NormBackward {
     arena = Arena{(char*)fastseq_workspace(arena.used)};
     if (!arena.base) return FASTSEQ_OUT_OF_MEMORY;
     lay_out(arena);
-    auto body = [this](int rank, int size) {
-      Range mine = split(blocks, size, rank);
+    RangeQueue queue;
+    auto body = [this, &queue](int rank, int size) {
       enter_phase(Phase::rows);
-      for (int64_t block = mine.begin; block < mine.end; ++block) run_block(block);
+      for (Range mine; (mine = queue.take(blocks, 1, 1, blocks, size)).count();)
+        for (int64_t block = mine.begin; block < mine.end; ++block) run_block(block);
       if (!wants_parameters) return;
       barrier->wait(size);
       enter_phase(Phase::join);

@@ -37,10 +37,13 @@ struct NormForward {
     arena = Arena{(char*)fastseq_workspace(arena.used)};
     if (!arena.base) return FASTSEQ_OUT_OF_MEMORY;
     lay_out(arena, threads);
-    auto body = [this](int rank, int size) {
+    RangeQueue queue;
+    auto body = [this, &queue](int rank, int size) {
       enter_phase(Phase::rows);
-      Range rows = split(shape.rows, size, rank);
-      for (int64_t row = rows.begin; row < rows.end; ++row) run_row(row, scratch + rank * scratch_stride);
+      // Runs long enough for the processor to see that memory is read in order.
+      int64_t least = maximum(1, (32 << 10) / (features * (int64_t)sizeof(T)));
+      for (Range rows; (rows = queue.take(shape.rows, 1, least, shape.rows, size)).count();)
+        for (int64_t row = rows.begin; row < rows.end; ++row) run_row(row, scratch + rank * scratch_stride);
     };
     run_parallel(threads, body);
     return FASTSEQ_OK;

@@ -79,6 +79,44 @@ struct RangeQueue {
   }
 };
 
+// The items of one thread of a team, which it takes in order; a thread that has none left takes the last ones of another. So
+// what a thread works on is mostly its own, which its caches hold, and nobody waits long for a slower core. Used again and
+// again in rounds, between which the team meets at a barrier.
+struct StealingQueue {
+  alignas(64) uint64_t state = 0;  // the round, items taken from the front, items taken from the back: 32, 16 and 16 bits
+
+  // An item of this round, or -1. Rounds are numbered from 1.
+  int64_t take(int64_t round, int64_t count, bool front) {
+    uint64_t before = __atomic_load_n(&state, __ATOMIC_RELAXED);
+    for (;;) {
+      uint64_t now = before >> 32 == (uint64_t)round ? before : (uint64_t)round << 32;
+      int64_t first = now >> 16 & 0xffff, last = now & 0xffff;
+      if (first + last >= count) return -1;
+      uint64_t after = now + (front ? 1 << 16 : 1);
+      if (__atomic_compare_exchange_n(&state, &before, after, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+        return front ? first : count - 1 - last;
+    }
+  }
+  static constexpr int64_t most_items = 0x7fff;
+};
+
+// visit(item) for every item of [0, count) once, the items being dealt out evenly beforehand; backwards if `reversed`.
+template <class Visit>
+FS_INLINE void share_out(const Team& team, StealingQueue* queues /* [team.size] */, int64_t round, int64_t count, bool reversed,
+                         Visit visit) {
+  EvenSplit shares(count, team.size);
+  bool steals = team.size > 1 && shares.part(0).count() <= StealingQueue::most_items;
+  for (int i = 0; i < (steals ? team.size : 1); ++i) {
+    int owner = team.rank + i < team.size ? team.rank + i : team.rank + i - team.size;
+    Range items = shares.part(owner);
+    for (int64_t taken = 0;; ++taken) {
+      int64_t item = steals ? queues[owner].take(round, items.count(), i == 0) : taken < items.count() ? taken : -1;
+      if (item < 0) break;
+      visit(reversed ? items.end - 1 - item : items.begin + item);
+    }
+  }
+}
+
 template <class Body>
 void run_parallel(int threads, Body& body) {
   fastseq_run_parallel(threads, [](void* context, int rank, int size) { (*(Body*)context)(rank, size); }, &body);
@@ -98,6 +136,12 @@ struct Arena {
     size_t offset = used;
     used += ((size_t)count * sizeof(T) + 63) / 64 * 64 + 64;  // a line between pieces: no false sharing, no equal sets
     return base ? (T*)(base + offset) : nullptr;
+  }
+
+  StealingQueue* take_queues(int count) {
+    StealingQueue* queues = take<StealingQueue>(count);
+    for (int i = 0; queues && i < count; ++i) queues[i] = StealingQueue{};
+    return queues;
   }
 };
 

@@ -141,7 +141,8 @@ void fastseq_profile_end_call(void) {
     fastseq_profile_thread& thread = call->records[i];
     slices += thread.slice_count;
     // What stays behind takes no more than it holds.
-    void* shrunk = thread.slice_count ? realloc(thread.slices, (size_t)thread.slice_count * sizeof(fastseq_profile_slice)) : nullptr;
+    void* shrunk =
+        thread.slice_count ? realloc(thread.slices, (size_t)thread.slice_count * sizeof(fastseq_profile_slice)) : nullptr;
     if (shrunk) thread.slices = (fastseq_profile_slice*)shrunk;
   }
   Lock lock;

@@ -18,6 +18,8 @@ struct RnnBackward {
   using V = Vec<T>;
   static constexpr int64_t W = panel_width<T>, L = lanes<T>;
   static constexpr int64_t block_rows = 5 * FS_TILE_ROWS;
+  // Blocks of fewer rows are over in less time than two threads take to agree on them.
+  static constexpr int64_t stealing_rows = 4;
 
   const fastseq_rnn_backward& call;
   LayerSizes<T, Cell> sizes;
@@ -35,7 +37,7 @@ struct RnnBackward {
 
   bool wants_grad_x() const { return call.grad_x.data != nullptr; }
 
-  void lay_out(Arena& arena, bool side_by_side) {
+  void lay_out(Arena& arena, bool side_by_side, int threads) {
     table.first_row = arena.take<int64_t>(sizes.steps + 1);
     for (int64_t d = 0; d < sizes.directions; ++d) {
       BackwardBuffers<T>& b = buffers[d];
@@ -59,6 +61,8 @@ struct RnnBackward {
       b.hidden_panels = arena.take<T>(wanted.projection ? sizes.unit_blocks() * W * capacity : 0);
       b.grad_x = arena.take<T>(wants_grad_x() ? capacity * input_padded : 0);
       b.grad_x_rows = d && wants_grad_x() ? arena.take<T>(sizes.rows * sizes.input) : nullptr;
+      b.chunks = arena.take<ChunkQueues>(2);
+      b.steps = arena.take_queues(threads);
     }
   }
   static BlockedRows<T> take_rows(Arena& arena, int64_t rows, int64_t depth) {
@@ -69,10 +73,10 @@ struct RnnBackward {
     int threads = sizes.useful_threads(call.shape.threads);
     bool side_by_side = sizes.directions == 2 && threads >= 2;
     Arena arena{nullptr};
-    lay_out(arena, side_by_side);
+    lay_out(arena, side_by_side, threads);
     arena = Arena{(char*)fastseq_workspace(arena.used)};
     if (!arena.base) return FASTSEQ_OUT_OF_MEMORY;
-    lay_out(arena, side_by_side);
+    lay_out(arena, side_by_side, threads);
     table.fill();
     auto body = [this](int rank, int size) {
       DirectionTeams teams(sizes.directions, rank, size, barriers);
@@ -157,24 +161,28 @@ struct RnnBackward {
       pack_weights();
       enter_phase(Phase::states);
       load_state_gradients();
+      gradients.reset_queues();
       if (sizes.rows == 0 && team.rank == 0) gradients.zero_weight_gradients();
       for (int64_t position = 0; position < sizes.steps;) {
         Chunk chunk = next_chunk(table, walk, position, sizes.chunk_target_rows());
         int64_t first = table.first_row[minimum(walk.step(chunk.begin), walk.step(chunk.end - 1))];
         bool first_chunk = position == 0;
-        for (; position < chunk.end; ++position) step(position, first);
+        gate_gradients(position, first);
+        for (; position < chunk.end; ++position) step(position, first, position + 1 < chunk.end);
         if (chunk.rows == 0) continue;
         enter_phase(Phase::pack);
         gradients.note_rows(chunk, first, [this](int64_t t, int64_t row) { return h_before(t, row); });
         team.wait();
         gradients.pack_right_factors(chunk.rows);
         team.wait();
+        gradients.prepare_next_queues();
         enter_phase(Phase::weight_gradient);
         gradients.weight_gradients(chunk.rows, first_chunk);
         if (layer.wants_grad_x()) {
           enter_phase(Phase::input_gradient);
           gradients.input_gradient(chunk, first);
         }
+        ++gradients.chunks;
         team.wait();
       }
       enter_phase(Phase::states);
@@ -251,7 +259,8 @@ struct RnnBackward {
       return layer.call.initial_cell ? state_row(layer.call.initial_cell, row, sizes.hidden) : nullptr;
     }
 
-    void step(int64_t position, int64_t chunk_first) {
+    // Gradients of a step's pre-activations, for this thread's units.
+    void gate_gradients(int64_t position, int64_t chunk_first) {
       int64_t t = walk.step(position), alive = table.alive(t);
       int64_t local = table.first_row[t] - chunk_first;  // the step's first row in the chunk's buffers
       int64_t row_blocks = (alive + block_rows - 1) / block_rows;
@@ -267,6 +276,12 @@ struct RnnBackward {
         for (int64_t block = units.begin; block < units.end; ++block)
           for (int64_t row = 0; row < alive; ++row) update_plain(block, t, row, local);
       }
+    }
+
+    // From the gradients of a step's pre-activations to dL/dh of the step before, and where `continues` on to the gradients
+    // of that step's pre-activations. Without a projection a block of units goes all the way in one go.
+    void step(int64_t position, int64_t chunk_first, bool continues) {
+      int64_t t = walk.step(position), alive = table.alive(t), local = table.first_row[t] - chunk_first;
       team.wait();
       enter_phase(Phase::recurrent_product);
       bool last = position + 1 == sizes.steps;
@@ -277,12 +292,30 @@ struct RnnBackward {
         fetch_columns(b.grad_slots, local, alive, Range{column, column + minimum(units.begin * W, sizes.hidden)});
         fetch_columns(b.grad_slots, local, alive, Range{column + units.end * W, column + sizes.hidden});
       }
-      for (int64_t i = 0; i < outputs.count(); ++i) {
-        int64_t block = position % 2 ? outputs.end - 1 - i : outputs.begin + i;
+      auto multiply = [&](int64_t block) {
         T* carried = b.grad_h + block * W;
         const T* panel = b.packed_hidden + block * depth * W;
         multiply_panel(b.grad_slots, local, alive, Cell::hidden_first * sizes.hidden_padded, depth, panel, carried,
                        layer.output_padded, carried, layer.output_padded);
+      };
+      bool reversed = position % 2;
+      if (sizes.has_projection) {
+        for (int64_t i = 0; i < outputs.count(); ++i) multiply(reversed ? outputs.end - 1 - i : outputs.begin + i);
+        if (continues) gate_gradients(position + 1, chunk_first);
+        return;
+      }
+      int64_t next = continues ? walk.step(position + 1) : t, next_local = table.first_row[next] - chunk_first;
+      auto advance = [&](int64_t block) {
+        enter_phase(Phase::recurrent_product);
+        multiply(block);
+        if (!continues) return;
+        enter_phase(Phase::gate_gradient);
+        for (int64_t row = 0; row < table.alive(next); ++row) update_plain(block, next, row, next_local);
+      };
+      if (alive < stealing_rows) {
+        for (int64_t i = 0; i < units.count(); ++i) advance(reversed ? units.end - 1 - i : units.begin + i);
+      } else {
+        share_out(team, b.steps, index * sizes.steps + position + 1, sizes.unit_blocks(), reversed, advance);
       }
     }
 
@@ -389,6 +422,7 @@ int rnn_backward(const fastseq_rnn_backward* call) {
   if (profiled.begins<T>("rnn_backward", cell_name<Cell>)) {
     profile_sizes(call->shape);
     const fastseq_rnn_weight_gradients& wanted = call->grad_weights[0];
+    profile_size("bias", call->weights[0].input_bias != nullptr);
     profile_size("needs_x", call->grad_x.data != nullptr);
     profile_size("needs_w", wanted.input || wanted.hidden || wanted.projection);
   }

@@ -22,6 +22,8 @@ struct RnnForward {
   static constexpr int64_t W = panel_width<T>, L = lanes<T>;
   // Rows whose pre-activations wait in L1 between the product and the cell update.
   static constexpr int64_t block_rows = 5 * FS_TILE_ROWS;
+  // Blocks of fewer rows are over in less time than two threads take to agree on them.
+  static constexpr int64_t stealing_rows = 4;
   // Up to here reading the weights row by row costs less than packing them first.
   static constexpr int64_t direct_rows = 4;
 
@@ -35,6 +37,8 @@ struct RnnForward {
     BlockedRows<T> x;       // [chunk_capacity, I]
     BlockedRows<T> h[2];    // [B, R], the state before and after a step
     BlockedRows<T> hidden;  // [B, H], outputs before the projection
+    StealingQueue* chunks;  // [threads], unit blocks of a chunk's input product
+    StealingQueue* steps;   // [threads], unit blocks of a step
   };
 
   const fastseq_rnn_forward& call;
@@ -51,7 +55,7 @@ struct RnnForward {
     capacity = chunk_capacity(sizes.rows, sizes.batch, sizes.chunk_target_rows());
   }
 
-  void lay_out(Arena& arena, bool side_by_side) {
+  void lay_out(Arena& arena, bool side_by_side, int threads) {
     table.first_row = arena.take<int64_t>(sizes.steps + 1);
     for (int64_t d = 0; d < sizes.directions; ++d) {
       DirectionBuffers& b = buffers[d];
@@ -70,6 +74,8 @@ struct RnnForward {
       b.x = take_rows(arena, direct_input ? 0 : capacity, sizes.input);
       for (auto& h : b.h) h = take_rows(arena, sizes.batch, sizes.output);
       b.hidden = take_rows(arena, sizes.has_projection ? sizes.batch : 0, sizes.hidden);
+      b.chunks = arena.take_queues(threads);
+      b.steps = arena.take_queues(threads);
     }
   }
   static BlockedRows<T> take_rows(Arena& arena, int64_t rows, int64_t depth) {
@@ -80,10 +86,10 @@ struct RnnForward {
     int threads = sizes.useful_threads(call.shape.threads);
     bool side_by_side = sizes.directions == 2 && threads >= 2;
     Arena arena{nullptr};
-    lay_out(arena, side_by_side);
+    lay_out(arena, side_by_side, threads);
     arena = Arena{(char*)fastseq_workspace(arena.used)};
     if (!arena.base) return FASTSEQ_OUT_OF_MEMORY;
-    lay_out(arena, side_by_side);
+    lay_out(arena, side_by_side, threads);
     table.fill();
     if (call.reserve)
       fastseq_prefer_huge_pages(call.reserve, (size_t)(sizes.directions * Reserve<T, Cell>::direction_size(
@@ -240,14 +246,20 @@ struct RnnForward {
       auto column_of = [&](int64_t panel) {
         return (Cell::input_first + panel % Cell::input_count) * sizes.hidden_padded + panel / Cell::input_count * W;
       };
-      multiply_blocked<T>([&](int64_t row, int64_t, int64_t k, int64_t) { return b.x.at(row, k); }, Range{0, chunk.rows}, 0,
-                          sizes.input, b.packed_input, Range{units.begin * Cell::input_count, units.end * Cell::input_count},
-                          [&](int64_t row, int64_t panel) {
-                            int64_t stride = sizes.slot_stride(), column = column_of(panel);
-                            return TilePlace<T>{slots + row * stride + column, stride, b.bias + column, 0};
-                          },
-                          [](int64_t, int64_t, int64_t) {});
+      share_out(team, b.chunks, round_of(chunk.begin), sizes.unit_blocks(), false, [&](int64_t block) {
+        multiply_blocked<T>([&](int64_t row, int64_t, int64_t k, int64_t) { return b.x.at(row, k); }, Range{0, chunk.rows}, 0,
+                            sizes.input, b.packed_input, Range{block * Cell::input_count, (block + 1) * Cell::input_count},
+                            [&](int64_t row, int64_t panel) {
+                              int64_t stride = sizes.slot_stride(), column = column_of(panel);
+                              return TilePlace<T>{slots + row * stride + column, stride, b.bias + column, 0};
+                            },
+                            [](int64_t, int64_t, int64_t) {});
+      });
+      team.wait();  // a block's step may be another thread's
     }
+
+    // Directions that run one after the other use the same queues.
+    FS_INLINE int64_t round_of(int64_t position) const { return index * sizes.steps + position + 1; }
 
     void step(int64_t position, int64_t chunk_first) {
       int64_t t = walk.step(position), alive = table.alive(t);
@@ -258,11 +270,16 @@ struct RnnForward {
       enter_phase(layer.direct_hidden ? Phase::fused_step : Phase::recurrent_product);
       fetch_columns(before, 0, alive, Range{0, minimum(outputs.begin * W, sizes.output)});
       fetch_columns(before, 0, alive, Range{outputs.end * W, sizes.output});
-      for (int64_t i = 0; i < units.count(); ++i) {
-        // There and back: the blocks used last are the ones still in cache.
-        int64_t block = position % 2 ? units.end - 1 - i : units.begin + i;
+      auto update = [&](int64_t block) {
         for (int64_t j = 0; j < row_blocks; ++j)
           update_block(block, blocks_of_rows.part(j), t, ending, chunk_first, before, after);
+      };
+      // There and back: the blocks used last are the ones still in cache.
+      bool reversed = position % 2;
+      if (alive < stealing_rows) {
+        for (int64_t i = 0; i < units.count(); ++i) update(reversed ? units.end - 1 - i : units.begin + i);
+      } else {
+        share_out(team, b.steps, round_of(position), sizes.unit_blocks(), reversed, update);
       }
       if (sizes.has_projection) {
         team.wait();
@@ -445,6 +462,7 @@ int rnn_forward(const fastseq_rnn_forward* call) {
   ProfiledCall profiled;
   if (profiled.begins<T>("rnn_forward", cell_name<Cell>)) {
     profile_sizes(call->shape);
+    profile_size("bias", call->weights[0].input_bias != nullptr);
     profile_size("training", call->reserve != nullptr);
   }
   return RnnForward<T, Cell>(*call).run();

@@ -7,6 +7,13 @@
 namespace fastseq::FS_ISA {
 namespace {
 
+// Who takes what of a chunk's products. One set is in use while the other, which no thread looks at any more, is made ready
+// for the next chunk.
+struct ChunkQueues {
+  RangeQueue weights[9];  // up to four gates of input and hidden each, and the projection
+  WorkQueue inputs;
+};
+
 // One direction's scratch memory; W is panel_width.
 template <class T>
 struct BackwardBuffers {
@@ -24,6 +31,8 @@ struct BackwardBuffers {
   T* hidden_panels;            // [unit_blocks][capacity][W], with a projection
   T* grad_x;                   // [capacity][input_padded]
   T* grad_x_rows;              // [rows][I], second direction when both run side by side
+  StealingQueue* steps;        // [threads], output blocks of a step
+  ChunkQueues* chunks;         // [2]
 };
 
 // to[i] += from[i].
@@ -51,6 +60,7 @@ struct ChunkGradients {
   Range units, outputs;  // blocks of this thread
   int64_t input_panels, input_padded;
   bool adds_to_grad_x;  // another direction has written it
+  int64_t chunks = 0;   // done so far
 
   // h_before(t, row) is where h_{t-1} of a row lies, NULL for zeros.
   template <class Before>
@@ -89,27 +99,40 @@ struct ChunkGradients {
     if (grads.hidden) pack(b.h_rows, sizes.output, b.h_panels);
   }
 
-  void weight_gradients(int64_t rows, bool first_chunk) {
-    Range mine{minimum(units.begin * W, sizes.hidden), minimum(units.end * W, sizes.hidden)};
-    for (int i = 0; i < Cell::input_count; ++i) {
-      int64_t column = (Cell::input_first + i) * sizes.hidden_padded, gate = Cell::gate_of_input(i);
-      if (grads.input)
-        weight_gradient(b.grad_slots, column, mine, rows, b.x_panels, sizes.input,
-                        (T*)grads.input + gate * sizes.hidden * sizes.input, first_chunk);
-      if (grads.input_bias) bias_gradient(column, mine, rows, (T*)grads.input_bias + gate * sizes.hidden, first_chunk);
-    }
-    for (int i = 0; i < Cell::hidden_count; ++i) {
-      int64_t column = (Cell::hidden_first + i) * sizes.hidden_padded, gate = Cell::gate_of_hidden(i);
-      if (grads.hidden)
-        weight_gradient(b.grad_slots, column, mine, rows, b.h_panels, sizes.output,
-                        (T*)grads.hidden + gate * sizes.hidden * sizes.output, first_chunk);
-      if (grads.hidden_bias) bias_gradient(column, mine, rows, (T*)grads.hidden_bias + gate * sizes.hidden, first_chunk);
-    }
-    if (grads.projection) {
-      Range columns{minimum(outputs.begin * W, sizes.output), minimum(outputs.end * W, sizes.output)};
-      weight_gradient(b.grad_output, 0, columns, rows, b.hidden_panels, sizes.hidden, (T*)grads.projection, first_chunk);
-    }
+  // Before the first chunk, and before a barrier.
+  void reset_queues() {
+    if (team.rank == 0) b.chunks[0] = b.chunks[1] = ChunkQueues{};
   }
+  ChunkQueues& queues() const { return b.chunks[chunks % 2]; }
+  // Between two barriers, the second of which ends the chunk.
+  void prepare_next_queues() {
+    if (team.rank == 0) b.chunks[(chunks + 1) % 2] = ChunkQueues{};
+  }
+
+  void weight_gradients(int64_t rows, bool first_chunk) {
+    RangeQueue* queue = queues().weights;
+    for (int i = 0; i < Cell::input_count; ++i, ++queue) {
+      int64_t column = (Cell::input_first + i) * sizes.hidden_padded, gate = Cell::gate_of_input(i);
+      for (Range mine; (mine = next_columns(*queue, sizes.hidden)).count();) {
+        if (grads.input)
+          weight_gradient(b.grad_slots, column, mine, rows, b.x_panels, sizes.input,
+                          (T*)grads.input + gate * sizes.hidden * sizes.input, first_chunk);
+        if (grads.input_bias) bias_gradient(column, mine, rows, (T*)grads.input_bias + gate * sizes.hidden, first_chunk);
+      }
+    }
+    for (int i = 0; i < Cell::hidden_count; ++i, ++queue) {
+      int64_t column = (Cell::hidden_first + i) * sizes.hidden_padded, gate = Cell::gate_of_hidden(i);
+      for (Range mine; (mine = next_columns(*queue, sizes.hidden)).count();) {
+        if (grads.hidden)
+          weight_gradient(b.grad_slots, column, mine, rows, b.h_panels, sizes.output,
+                          (T*)grads.hidden + gate * sizes.hidden * sizes.output, first_chunk);
+        if (grads.hidden_bias) bias_gradient(column, mine, rows, (T*)grads.hidden_bias + gate * sizes.hidden, first_chunk);
+      }
+    }
+    for (Range mine; grads.projection && (mine = next_columns(*queue, sizes.output)).count();)
+      weight_gradient(b.grad_output, 0, mine, rows, b.hidden_panels, sizes.hidden, (T*)grads.projection, first_chunk);
+  }
+  Range next_columns(RangeQueue& queue, int64_t count) const { return queue.take(count, W, 2 * W, count, team.size); }
 
   // target[m][n] (+)= sum over the chunk's rows of left[row][column + m] * right[row][n], m in `mine`.
   void weight_gradient(BlockedRows<T> left, int64_t column, Range mine, int64_t rows,
@@ -167,26 +190,36 @@ struct ChunkGradients {
     }
   }
 
-  // grad_x = grad_slots * W_ih for this thread's rows of the chunk.
+  // grad_x = grad_slots * W_ih for the rows of the chunk. Columns are shared out, so that the weights are read once; few
+  // columns leave no choice but rows.
   void input_gradient(Chunk chunk, int64_t chunk_first) {
+    if (input_panels < 2 * team.size) {
+      input_gradient(chunk, chunk_first, split(chunk.rows, team.size, team.rank), Range{0, input_panels});
+      return;
+    }
+    int64_t runs = minimum(input_panels, 4 * team.size);
+    for (int64_t run; (run = queues().inputs.take()) < runs;)
+      input_gradient(chunk, chunk_first, Range{0, chunk.rows}, split(input_panels, runs, run));
+  }
+
+  void input_gradient(Chunk chunk, int64_t chunk_first, Range mine, Range panels) {
     alignas(64) static constexpr T zeros[W] = {};
     int64_t stride = input_padded;
-    Range mine = split(chunk.rows, team.size, team.rank);
     multiply_blocked<T>(
         [&](int64_t row, int64_t, int64_t k, int64_t) { return b.grad_slots.at(row, k); }, mine,
-        Cell::input_first * sizes.hidden_padded, Cell::input_count * sizes.hidden_padded, b.packed_input,
-        Range{0, input_panels},
+        Cell::input_first * sizes.hidden_padded, Cell::input_count * sizes.hidden_padded, b.packed_input, panels,
         [&](int64_t row, int64_t panel) { return TilePlace<T>{b.grad_x + row * stride + panel * W, stride, zeros, 0}; },
         [](int64_t, int64_t, int64_t) {});
+    int64_t column = panels.begin * W, count = minimum(panels.end * W, sizes.input) - column;
     for (int64_t position = chunk.begin; position < chunk.end; ++position) {
       int64_t t = walk.step(position), local = table.first_row[t] - chunk_first;
       for (int64_t row = maximum(0, mine.begin - local); row < minimum(table.alive(t), mine.end - local); ++row) {
-        const T* source = b.grad_x + (local + row) * stride;
+        const T* source = b.grad_x + (local + row) * stride + column;
         T* target = b.grad_x_rows ? b.grad_x_rows + (table.first_row[t] + row) * sizes.input : grad_x.at(t, row);
         if (adds_to_grad_x)
-          add_row(source, target, sizes.input);
+          add_row(source, target + column, count);
         else
-          memcpy(target, source, (size_t)sizes.input * sizeof(T));
+          memcpy(target + column, source, (size_t)count * sizeof(T));
       }
     }
   }

@@ -101,14 +101,21 @@ def outputs(
     built: BuiltAttention,
     library: Library,
     leaves: dict[str, Tensor],
-    module: torch.nn.Module | None = None,
+    callee: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, ...]:
-    """One forward: the output, and the weights where the case asks for them."""
+    """One forward: the output, and the weights where the case asks for them.
+
+    Args:
+        built: The case.
+        library: Whose attention to run.
+        leaves: Inputs by name.
+        callee: The module of a module case; otherwise what to run in place of torch's function.
+    """
     case = built.case
     options = case.options
-    if module is not None:
+    if built.modules and callee is not None:
         x = leaves["input"]
-        result = module(x, x, x, need_weights=options.need_weights)
+        result = callee(x, x, x, need_weights=options.need_weights)
         return tuple(part for part in result if part is not None)
     query, key, value = leaves["query"], leaves["key"], leaves["value"]
     grouped = case.Hq != case.Hkv
@@ -129,11 +136,11 @@ def outputs(
     mask = leaves.get("bias", built.mask)
     if built.padding is not None:
         mask = ~built.padding[:, None, None, :]
-    function = (
-        fastseq.functional.scaled_dot_product_attention
-        if library == "fastseq"
-        else F.scaled_dot_product_attention
-    )
+    function: Callable[..., Tensor]
+    if library == "fastseq":
+        function = fastseq.functional.scaled_dot_product_attention
+    else:
+        function = callee or F.scaled_dot_product_attention
     return (
         function(
             query,
@@ -147,18 +154,36 @@ def outputs(
     )
 
 
-def timed_call(built: BuiltAttention, library: Library) -> Callable[[], object]:
-    """What the case times: forward for inference, forward and backward for training."""
+def torch_callee(built: BuiltAttention) -> Callable[..., Any]:
+    """The module of a module case, otherwise the function, of torch: what can be compiled."""
+
+    def function(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, **options)
+
+    return built.modules.get("torch", function)
+
+
+def timed_call(
+    built: BuiltAttention, library: Library, callee: Callable[..., Any] | None = None
+) -> Callable[[], object]:
+    """What the case times: forward for inference, forward and backward for training.
+
+    Args:
+        built: The case.
+        library: Whose attention to run.
+        callee: What to run in place of ``torch_callee``, the same one compiled.
+    """
     module = built.modules.get(library)
+    run = module if callee is None else callee
     if built.case.direction == "inference":
         leaves = built.leaves
-        return lambda: outputs(built, library, leaves, module)
+        return lambda: outputs(built, library, leaves, run)
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in built.leaves.items()}
     wanted = [*leaves.values(), *(module.parameters() if module is not None else ())]
     gradient = built.output_gradient
 
     def call() -> object:
-        return torch.autograd.grad(outputs(built, library, leaves, module)[0], wanted, gradient)
+        return torch.autograd.grad(outputs(built, library, leaves, run)[0], wanted, gradient)
 
     return call
 

@@ -9,9 +9,9 @@ import random
 from dataclasses import dataclass, field
 from typing import Literal
 
-Direction = Literal["inference", "training"]
+from fastseq._work import ELEMENT_BYTES, AttentionSizes, LinearSizes
 
-ELEMENT_BYTES: dict[str, int] = {"float64": 8, "float32": 4}
+Direction = Literal["inference", "training"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,7 @@ class AttentionOptions:
         dropout: Probability of dropping a weight.
         ragged: Key lengths uniform from an eighth of Skv to Skv, given as a key padding mask.
         need_weights: The module also returns the weights' mean over heads.
-        probes: Names of extra measurements; "read_bandwidth" sets the traffic beside what the
-            machine reads.
+        probes: Names of extra measurements, see ``fastseq.bench.probes``.
     """
 
     causal: bool = False
@@ -76,6 +75,7 @@ class AttentionCase:
         direction: "inference" (forward without gradients) or "training" (forward and backward,
             gradients for query, key, value and a bias).
         options: Everything else.
+        tags: Suites and figures that the case belongs to.
     """
 
     name: str
@@ -89,6 +89,7 @@ class AttentionCase:
     dtype: str = "float32"
     direction: Direction = "inference"
     options: AttentionOptions = field(default_factory=AttentionOptions)
+    tags: tuple[str, ...] = ()
 
     @property
     def plain(self) -> bool:
@@ -134,6 +135,11 @@ class AttentionCase:
                 pairs += max(0, last - first + 1)
         return pairs
 
+    def _sizes(self) -> AttentionSizes:
+        queries, keys = self.B * self.Sq, sum(self.lengths())
+        pairs = self.visible_pairs()
+        return AttentionSizes(self.Hq, self.Hkv, queries, keys, self.E, self.E, pairs)
+
     def flops(self) -> int:
         """Floating-point operations of the matrix products, a multiply-add counted as two.
 
@@ -142,10 +148,11 @@ class AttentionCase:
         them is the kernel's business. The module adds its four projections.
         """
         training = self.direction == "training"
-        work = 2 * self.visible_pairs() * self.Hq * self.E * (7 if training else 2)
+        sizes = self._sizes()
+        work = sizes.forward_flops() + (sizes.backward_flops() if training else 0)
         if self.layer == "mha":
             width = self.Hq * self.E
-            projections = 4 * 2 * self.B * self.Sq * width * width
+            projections = 4 * LinearSizes(self.B * self.Sq, width, width).product()
             work += projections * (3 if training else 1)
         return work
 
@@ -157,12 +164,11 @@ class AttentionCase:
         direction and its gradient written. The module also reads its weights, and writes their
         gradients.
         """
-        queries = self.B * self.Hq * self.Sq * self.E
-        keys = self.Hkv * self.E * sum(self.lengths())
+        sizes = self._sizes()
         bias = self.Hq * self.Sq * self.Skv if self.options.bias else 0
-        elements = 2 * queries + 2 * keys + bias
+        elements = sizes.forward_traffic(bias).total
         if self.direction == "training":
-            elements += 4 * queries + 4 * keys + 2 * bias
+            elements += sizes.backward_traffic(bias).total
         if self.layer == "mha":
             weights = 4 * (self.Hq * self.E) ** 2
             elements += weights * (3 if self.direction == "training" else 1)
@@ -247,3 +253,16 @@ def attention_suite() -> list[AttentionCase]:
         for S in lengths:
             cases.append(make_attention_case("inference", B=1, H=4, S=S, E=64, options=options))
     return cases
+
+
+# Rows of one sequence in training, over which memory is followed.
+MEMORY_LENGTHS = (256, 512, 1024, 2048, 4096)
+
+
+def memory_cases() -> list[AttentionCase]:
+    """Training on one sequence that gets longer and longer."""
+    options = AttentionOptions(probes=("peak_memory",))
+    return [
+        make_attention_case("training", B=1, H=8, S=S, E=64, options=options)
+        for S in MEMORY_LENGTHS
+    ]

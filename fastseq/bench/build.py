@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -182,3 +182,19 @@ def layer_call(layer: torch.nn.Module, built: BuiltCase) -> Callable[[], object]
     """What the case times: forward for inference, forward and backward for training."""
     make = training_call if built.case.direction == "training" else inference_call
     return make(layer, built)
+
+
+def timed_call(
+    built: BuiltCase,
+    library: Literal["torch", "fastseq"],
+    layer: torch.nn.Module | None = None,
+) -> Callable[[], object]:
+    """``layer_call`` of a library's layer.
+
+    Args:
+        built: The case.
+        library: Whose layer.
+        layer: What to run in place of it, the same one compiled.
+    """
+    own = built.torch_layer if library == "torch" else built.fastseq_layer
+    return layer_call(own if layer is None else layer, built)

@@ -1,4 +1,4 @@
-"""The one table of benchmark cases, with their models of work and traffic.
+"""The one registry of benchmark cases, and the suites and figures they belong to.
 
 Tests, benchmarks, profiler and documentation read shapes, flops and bytes from here and nowhere
 else. Importing this module needs neither torch nor the compiled extension.
@@ -6,14 +6,29 @@ else. Importing this module needs neither torch nor the compiled extension.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
-import random
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from fastseq import _cells
-from fastseq.bench.attention_cases import AttentionCase, AttentionOptions, attention_suite
+from fastseq.bench.attention_cases import (
+    AttentionCase,
+    AttentionOptions,
+    attention_suite,
+    memory_cases,
+)
+from fastseq.bench.rnn_cases import (
+    DIRECTIONS,
+    GATES,
+    RNN_GRID,
+    Case,
+    CaseOptions,
+    Direction,
+    heat_map_cases,
+    make_case,
+    rnn_suite,
+    steps_cases,
+)
 from fastseq.bench.transformer_cases import (
     TRANSFORMER_LAYERS,
     TransformerCase,
@@ -21,243 +36,114 @@ from fastseq.bench.transformer_cases import (
     transformer_suite,
 )
 
-Direction = Literal["inference", "training"]
-
-# Gates per layer kind: how many rows of length H each weight matrix stacks.
-GATES = {"lstm": _cells.GATES["lstm"], "gru": _cells.GATES["gru"], "rnn": _cells.GATES["rnn_tanh"]}
-# States a layer carries from step to step (LSTM: hidden and cell).
-STATES: dict[str, int] = {"lstm": 2, "gru": 1, "rnn": 1}
-
-ELEMENT_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class CaseOptions:
-    """What a case has beyond its shape.
-
-    Attributes:
-        num_layers: Stacked layers.
-        bidirectional: Run a second direction from the end to the start.
-        proj_size: Size of the LSTM's output projection; 0 for none.
-        bias: Whether the layer has bias vectors.
-        ragged: The input is a ``PackedSequence`` with lengths uniform over 1..T.
-        denormal: Inputs and initial states hold denormal numbers only.
-        probes: Names of extra measurements, see ``fastseq.bench.probes``.
-    """
-
-    num_layers: int = 1
-    bidirectional: bool = False
-    proj_size: int = 0
-    bias: bool = True
-    ragged: bool = False
-    denormal: bool = False
-    probes: tuple[str, ...] = ()
-
-    def suffix(self) -> str:
-        """The part of a case's name that these options add."""
-        words = []
-        if self.num_layers > 1:
-            words.append(f"layers{self.num_layers}")
-        if self.bidirectional:
-            words.append("bidirectional")
-        if self.proj_size:
-            words.append(f"proj{self.proj_size}")
-        if not self.bias:
-            words.append("nobias")
-        if self.ragged:
-            words.append("ragged")
-        if self.denormal:
-            words.append("denormal")
-        return "".join(f"-{word}" for word in words)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One layer at one shape, in one direction of use.
-
-    Attributes:
-        name: Unique name; globs on the command line match against it.
-        layer: "lstm", "gru" or "rnn".
-        T: Time steps.
-        B: Batch size.
-        I: Input size.
-        H: Hidden size.
-        dtype: Name of the torch dtype.
-        direction: "inference" (forward without gradients) or "training" (forward and backward,
-            gradients for the input and every weight).
-        options: Everything else.
-    """
-
-    name: str
-    layer: str
-    T: int
-    B: int
-    I: int  # noqa: E741  the field's name for the input size
-    H: int
-    dtype: str = "float32"
-    direction: Direction = "inference"
-    options: CaseOptions = field(default_factory=CaseOptions)
-
-    @property
-    def streaming(self) -> bool:
-        """One step at a time, with the state carried by the caller."""
-        return self.T == 1 and self.direction == "inference"
-
-    @property
-    def plain(self) -> bool:
-        """A shape and nothing else; means over cases are taken over these."""
-        return not self.options.suffix()
-
-    @property
-    def shape_label(self) -> str:
-        """The shape in a few characters, for pictures and tables."""
-        return f"T{self.T} B{self.B} H{self.H}"
-
-    @property
-    def output_size(self) -> int:
-        """Width of one direction's hidden state: the projection's, if there is one."""
-        return self.options.proj_size or self.H
-
-    def lengths(self) -> list[int]:
-        """Valid steps of each sequence, in batch order; the longest is always T."""
-        if not self.options.ragged:
-            return [self.T] * self.B
-        generator = random.Random(f"{self.T}x{self.B}")
-        lengths = [generator.randint(1, self.T) for _ in range(self.B)]
-        lengths[generator.randrange(self.B)] = self.T
-        return lengths
-
-    def rows(self) -> int:
-        """(step, sequence) pairs that have to be computed: T*B when nothing is padded."""
-        return sum(self.lengths())
-
-    def _layer_input_sizes(self) -> list[int]:
-        directions = 2 if self.options.bidirectional else 1
-        return [self.I] + [self.output_size * directions] * (self.options.num_layers - 1)
-
-    def flops(self) -> int:
-        """Floating-point operations of the matrix products, a multiply-add counted as two.
-
-        One layer and direction takes ``2*T*B*G*H*(I+H)``; with a projection to R,
-        ``2*T*B*(G*H*(I+R) + H*R)``. Training is three times that: forward, gradient of the
-        data, gradient of the weights. The element-wise part is left out, as is customary.
-        """
-        gates, hidden, recurrent = GATES[self.layer], self.H, self.output_size
-        per_row = 0
-        for input_size in self._layer_input_sizes():
-            per_row += gates * hidden * (input_size + recurrent)
-            if self.options.proj_size:
-                per_row += hidden * recurrent
-        directions = 2 if self.options.bidirectional else 1
-        forward = 2 * self.rows() * directions * per_row
-        return 3 * forward if self.direction == "training" else forward
-
-    def weight_elements(self) -> int:
-        """Number of weights and biases."""
-        gates, hidden, recurrent = GATES[self.layer], self.H, self.output_size
-        count = 0
-        for input_size in self._layer_input_sizes():
-            count += gates * hidden * (input_size + recurrent)
-            if self.options.bias:
-                count += 2 * gates * hidden
-            if self.options.proj_size:
-                count += hidden * recurrent
-        return count * (2 if self.options.bidirectional else 1)
-
-    def bytes(self) -> int:
-        """Compulsory memory traffic: every array moved once per use, caches otherwise perfect.
-
-        Inference reads weights, input and initial states and writes output and final states;
-        the sequence between stacked layers is written and read. Training also writes and reads
-        the gates (and the LSTM's cell states) that backward needs, reads weights, input and
-        output once more, and writes the gradients of weights and input.
-        """
-        rows, layers = self.rows(), self.options.num_layers
-        directions = 2 if self.options.bidirectional else 1
-        weights, inputs = self.weight_elements(), rows * self.I
-        outputs = rows * self.output_size * directions
-        states = 2 * layers * directions * self.B * self.H * STATES[self.layer]
-        elements = weights + inputs + outputs + states + 2 * (layers - 1) * outputs
-        if self.direction == "training":
-            saved_per_row = (GATES[self.layer] + STATES[self.layer] - 1) * self.H
-            saved = layers * directions * rows * saved_per_row
-            elements += 2 * saved + 2 * weights + 2 * inputs + 2 * layers * outputs
-        return elements * ELEMENT_BYTES[self.dtype]
-
-
-def make_case(
-    layer: str,
-    direction: Direction,
-    *,
-    T: int,
-    B: int,
-    H: int,
-    I: int | None = None,  # noqa: E741
-    dtype: str = "float32",
-    options: CaseOptions | None = None,
-) -> Case:
-    """Build a case named after its contents; ``I`` is ``H`` unless given."""
-    options = options or CaseOptions()
-    if layer not in GATES:
-        raise ValueError(f"layer must be one of {', '.join(GATES)}, got {layer!r}")
-    if options.proj_size and layer != "lstm":
-        raise ValueError(f"proj_size needs layer 'lstm', got {layer!r}")
-    input_size = H if I is None else I
-    shape = f"T{T}-B{B}-H{H}" if input_size == H else f"T{T}-B{B}-I{input_size}-H{H}"
-    precision = "" if dtype == "float32" else f"-{dtype}"
-    name = f"{layer}-{direction}-{shape}{options.suffix()}{precision}"
-    return Case(name, layer, T, B, input_size, H, dtype, direction, options)
-
-
-# (B, I=H) at T=100; small to beyond the last cache of one core.
-RNN_GRID: tuple[tuple[int, int], ...] = ((1, 128), (1, 512), (16, 256), (32, 512), (64, 1024))
-DIRECTIONS: tuple[Direction, ...] = ("inference", "training")
-
-# The shape at which the extra questions are asked once per layer: big enough to be about the
-# kernels, small enough to repeat.
-_PROBED_SHAPE = (16, 256)
-_PROBES: dict[str, tuple[str, ...]] = {
-    "inference": ("first_call", "shape_sweep"),
-    "training": ("peak_memory", "evaluation_mode"),
-}
-
-
-def _rnn_suite() -> list[Case]:
-    cases = []
-    for layer in GATES:
-        cases.append(make_case(layer, "inference", T=1, B=1, H=128))
-        for direction in DIRECTIONS:
-            for B, H in RNN_GRID:
-                probes = _PROBES[direction] if (B, H) == _PROBED_SHAPE else ()
-                options = CaseOptions(probes=probes)
-                cases.append(make_case(layer, direction, T=100, B=B, H=H, options=options))
-            denormal = CaseOptions(bias=False, denormal=True, probes=("denormal",))
-            cases.append(make_case(layer, direction, T=100, B=16, H=256, options=denormal))
-    for direction in DIRECTIONS:
-        for B, H in ((16, 256), (32, 512)):
-            for options in (CaseOptions(ragged=True), CaseOptions(proj_size=H // 4)):
-                cases.append(make_case("lstm", direction, T=100, B=B, H=H, options=options))
-        for layer in ("lstm", "gru"):
-            options = CaseOptions(bidirectional=True)
-            cases.append(make_case(layer, direction, T=100, B=16, H=256, options=options))
-    return cases
-
+__all__ = [
+    "ATTENTION_SUITE",
+    "DIRECTIONS",
+    "GATES",
+    "LAYERS",
+    "QUICK",
+    "REGISTRY",
+    "RNN_GRID",
+    "RNN_SUITE",
+    "SUITES",
+    "TRANSFORMER_SUITE",
+    "AnyCase",
+    "Case",
+    "CaseOptions",
+    "Direction",
+    "from_record",
+    "make_case",
+    "select",
+]
 
 AnyCase = Case | AttentionCase | TransformerCase
-RNN_SUITE = tuple(_rnn_suite())
-ATTENTION_SUITE = tuple(attention_suite())
-TRANSFORMER_SUITE = tuple(transformer_suite())
+LAYERS = (*GATES, "attention", "mha", *TRANSFORMER_LAYERS)
+
+# A little of everything, in both directions, that takes less than three minutes.
+QUICK = (
+    # corners of the recurrent grid, and its middle
+    "lstm-inference-T100-B1-H64",
+    "lstm-inference-T100-B1-H1024",
+    "lstm-inference-T100-B64-H64",
+    "lstm-inference-T100-B64-H512",
+    "lstm-training-T100-B16-H256",
+    "gru-inference-T100-B1-H128",
+    "gru-inference-T100-B64-H256",
+    "gru-training-T100-B16-H256",
+    "rnn-inference-T100-B16-H256",
+    "rnn-inference-T100-B64-H1024",
+    "rnn-training-T100-B1-H128",
+    # one step, packed sequences
+    "lstm-inference-T1-B1-H128",
+    "lstm-inference-T100-B16-H256-ragged",
+    # attention: all pairs, causal, one query, training, the module
+    "attention-inference-B4-H8-S512-E64",
+    "attention-inference-B4-H8-S512-E64-causal",
+    "attention-inference-B1-H32_8-S1_4096-E128",
+    "attention-training-B4-H8-S512-E64-causal",
+    "mha-inference-B8-H8-S256-E64",
+    # parts of the Transformer, and a layer
+    "linear-inference-2048x512-2048-gelu",
+    "linear-inference-1x512-2048",
+    "linear-training-64x512-2048",
+    "layer_norm-inference-4096x512",
+    "rms_norm-training-4096x512",
+    "encoder-inference-B8-S256-E512-F2048-H8",
+    "encoder-training-B8-S256-E512-F2048-H8-dropout0.1",
+)
+
+
+def _registry() -> dict[str, AnyCase]:
+    """Every case once, by name, with the tags of all groups that list it."""
+    groups: tuple[tuple[str, Sequence[AnyCase]], ...] = (
+        ("rnn", rnn_suite()),
+        ("attention", attention_suite()),
+        ("transformer", transformer_suite()),
+        ("grid", heat_map_cases()),
+        ("latency_vs_steps", steps_cases()),
+        ("memory_vs_length", memory_cases()),
+    )
+    found: dict[str, AnyCase] = {}
+    for tag, cases in groups:
+        for case in cases:
+            # The group that lists a case first decides on its extra questions.
+            known = found.get(case.name, case)
+            found[case.name] = _tagged(known, tag)
+    for name in QUICK:
+        found[name] = _tagged(found[name], "quick")
+    return found
+
+
+def _tagged(case: AnyCase, tag: str) -> AnyCase:
+    return dataclasses.replace(case, tags=(*case.tags, tag))
+
+
+REGISTRY = _registry()
+
+
+def _with_tag(tag: str) -> tuple[AnyCase, ...]:
+    return tuple(case for case in REGISTRY.values() if tag in case.tags)
+
+
+RNN_SUITE = tuple(case for case in _with_tag("rnn") if isinstance(case, Case))
+ATTENTION_SUITE = tuple(c for c in _with_tag("attention") if isinstance(c, AttentionCase))
+TRANSFORMER_SUITE = tuple(c for c in _with_tag("transformer") if isinstance(c, TransformerCase))
 SUITES: dict[str, tuple[AnyCase, ...]] = {
+    "quick": tuple(REGISTRY[name] for name in QUICK),
+    "full": tuple(REGISTRY.values()),
     "rnn": RNN_SUITE,
     "attention": ATTENTION_SUITE,
     "transformer": TRANSFORMER_SUITE,
+    "grid": _with_tag("grid"),
+    "latency_vs_steps": _with_tag("latency_vs_steps"),
+    "memory_vs_length": _with_tag("memory_vs_length"),
 }
-LAYERS = (*GATES, "attention", "mha", *TRANSFORMER_LAYERS)
 
 
 def from_record(fields: dict[str, Any]) -> AnyCase:
     """The case behind ``dataclasses.asdict(case)``, also after a trip through JSON."""
     fields = dict(fields)
+    fields["tags"] = tuple(fields.get("tags", ()))
     options = dict(fields.pop("options"))
     options["probes"] = tuple(options["probes"])
     if "depth" in fields:

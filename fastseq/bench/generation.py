@@ -139,10 +139,16 @@ def check(built: BuiltGeneration) -> GateResult:
     times the error of torch's own float32 logits plus a few units in the last place.
     """
     with torch.no_grad():
-        tokens = timed_call(built, "fastseq")()
-        expected = (built.case.B, 1 + built.case.S)
-        if tokens.shape != expected:
-            raise AssertionError(f"tokens: expected {expected}, got {tuple(tokens.shape)}")
+        return check_tokens(built, timed_call(built, "fastseq")())
+
+
+def check_tokens(built: BuiltGeneration, tokens: object) -> GateResult:
+    """Hold somebody's tokens against torch's logits, as ``check`` holds ours."""
+    expected = (built.case.B, 1 + built.case.S)
+    if not isinstance(tokens, Tensor) or tokens.shape != expected:
+        shown = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise AssertionError(f"tokens: expected {expected}, got {shown}")
+    with torch.no_grad():
         logits = {}
         exact = build(built.case)
         _to_double(exact)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-_LIBRARIES = ("fastseq", "torch", "numpy", "onnx", "onnxruntime")
+_LIBRARIES = ("fastseq", "torch", "numpy", "onnx", "onnxruntime", "openvino")
+_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def library_versions() -> dict[str, str]:
@@ -29,18 +33,61 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def describe(threads: int) -> dict[str, Any]:
-    """The record that goes into every result file."""
+def governor() -> str | None:
+    """How the system chooses the first core's frequency, or None where it does not say."""
+    try:
+        return _GOVERNOR.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+
+
+def virtualised() -> bool | None:
+    """Whether this is a virtual machine, or None where the processor does not say."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("flags"):
+            return "hypervisor" in line.split(":", 1)[1].split()
+    return None
+
+
+def load_average() -> float | None:
+    """Processes that wanted to run during the last minute, or None where nobody counts."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
+def describe(threads: Sequence[int]) -> dict[str, Any]:
+    """The record that goes into every result file.
+
+    Args:
+        threads: The numbers of threads that cases run on.
+    """
     from fastseq._config import capabilities
 
     found = capabilities()
     return {
         "cpu": found["cpu"],
         "cores": available_cores(),
-        "threads": threads,
+        "threads": list(threads),
+        "caches_bytes": found["caches_bytes"],
+        "virtualised": virtualised(),
+        "governor": governor(),
+        "load_average": load_average(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "libraries": library_versions(),
         "isa": found["isa_chosen"],
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def threads_text(record: dict[str, Any]) -> str:
+    """The record's numbers of threads in words; older files hold one number, not a list."""
+    counts = record["threads"]
+    counts = counts if isinstance(counts, list) else [counts]
+    return f"{' and '.join(map(str, counts))} thread" + ("" if counts == [1] else "s")

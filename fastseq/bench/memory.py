@@ -13,8 +13,7 @@ import subprocess
 import sys
 from typing import Literal
 
-from fastseq.bench.cases import AnyCase, Case, select
-from fastseq.bench.transformer_cases import TransformerCase
+from fastseq.bench.cases import AnyCase, Case, from_record
 
 Library = Literal["torch", "fastseq"]
 Question = Literal["peak", "shapes"]
@@ -29,17 +28,22 @@ def available() -> bool:
     return os.access("/proc/self/clear_refs", os.W_OK)
 
 
-def measure(case: AnyCase, library: Library, question: Question, suite: str) -> int:
+def measure(case: AnyCase, library: Library, question: Question, threads: int | None = None) -> int:
     """Bytes one library needs, asked of a fresh process.
 
     Args:
-        case: A case of ``suite``.
+        case: What to run.
         library: Whose layer to run.
         question: "peak": the most above the level before the call; "shapes": growth over the
             second half of a thousand different shapes.
-        suite: The suite that holds the case.
+        threads: Threads to use; torch's default unless given.
+
+    Raises:
+        RuntimeError: The process failed.
     """
-    command = [sys.executable, "-m", "fastseq.bench.memory", suite, case.name, library, question]
+    record = json.dumps(dataclasses.asdict(case))
+    wanted = [record, library, question, str(threads or 0)]
+    command = [sys.executable, "-m", "fastseq.bench.memory", *wanted]
     environment = os.environ | _ALLOCATOR
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -55,20 +59,14 @@ def _status_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no field {field}")
 
 
-def _peak_bytes(case: Case | TransformerCase, library: Library) -> int:
+def _peak_bytes(case: AnyCase, library: Library) -> int:
     import torch
 
-    from fastseq.bench import build, transformer
+    from fastseq.bench.families import family_of
 
-    if isinstance(case, TransformerCase):
-        call = transformer.timed_call(transformer.build(case), library)
-        small = dataclasses.replace(case, B=1, S=16)
-        warm = transformer.timed_call(transformer.build(small), library)
-    else:
-        built = build.build(case)
-        layer = built.torch_layer if library == "torch" else built.fastseq_layer
-        call = build.layer_call(layer, built)
-        warm = build.layer_call(layer, build.build(dataclasses.replace(case, T=2, B=1)))
+    family = family_of(case)
+    call = family.timed_call(family.build(case), library)
+    warm = family.timed_call(family.build(family.small(case)), library)
     with torch.set_grad_enabled(case.direction == "training"):
         # A small call first, so that starting threads and loading code does not count.
         warm()
@@ -98,17 +96,21 @@ def _shapes_bytes(case: Case, library: Library) -> int:
 
 
 def _main(arguments: list[str]) -> None:
-    suite, name, library, question = arguments
-    case = select(suite, [name])[0]
+    record, library, question, threads = arguments
+    case = from_record(json.loads(record))
     if library not in ("torch", "fastseq"):
         raise SystemExit(f"unknown library {library!r}")
     chosen: Library = "torch" if library == "torch" else "fastseq"
-    if question == "peak" and isinstance(case, Case | TransformerCase):
+    if int(threads):
+        import torch
+
+        torch.set_num_threads(int(threads))
+    if question == "peak":
         answer = _peak_bytes(case, chosen)
     elif isinstance(case, Case):
         answer = _shapes_bytes(case, chosen)
     else:
-        raise SystemExit(f"{name} has no answer to {question!r}")
+        raise SystemExit(f"{case.name} has no answer to {question!r}")
     print(json.dumps({"bytes": answer}))
 
 

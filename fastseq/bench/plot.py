@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
 
 from fastseq.bench.cases import LAYERS
-from fastseq.bench.runner import CaseResult
+from fastseq.bench.machine import threads_text
+from fastseq.bench.report import at_most_threads
+from fastseq.bench.results import CaseResult
 from fastseq.bench.transformer_cases import NORMS, STACKS, TransformerCase
 
 if TYPE_CHECKING:
@@ -24,6 +29,8 @@ _STYLE = (
     f'[style*="stroke: {_INK}"] {{ stroke: {_INK_ON_DARK} !important; }}'
     "}</style>"
 )
+# Identifies the element that holds what the picture shows.
+_DATA = "fastseq-speedups"
 
 
 # Layers of few cases share a column.
@@ -52,6 +59,50 @@ def _labelled(results: Sequence[CaseResult], column: str) -> dict[str, dict[str,
     return rows
 
 
+def _number(speedup: float | None) -> str:
+    """What stands at a bar."""
+    return "gate failed" if speedup is None else f"{speedup:.2f}"
+
+
+def _grouped(results: Sequence[CaseResult]) -> dict[str, dict[str, dict[str, float | None]]]:
+    return {column: rows for column in _COLUMNS if (rows := _labelled(results, column))}
+
+
+def _caption(results: Sequence[CaseResult], machine: dict[str, Any]) -> str:
+    peer = "torch"
+    if any(isinstance(result.case, TransformerCase) for result in results):
+        peer = "torch, eager or compiled, whichever is faster"
+    return f"Speed-up over {peer}, {threads_text(machine)}, {machine['cpu']}"
+
+
+def shown(results: Sequence[CaseResult], machine: dict[str, Any]) -> dict[str, Any]:
+    """All that the picture of these results says: its caption, and every bar's number."""
+    results, machine = at_most_threads(results, machine)
+    bars = {
+        column: {
+            label: {direction: _number(speedup) for direction, speedup in found.items()}
+            for label, found in rows.items()
+        }
+        for column, rows in _grouped(results).items()
+    }
+    return {"caption": _caption(results, machine), "bars": bars}
+
+
+def shown_in(path: Path) -> dict[str, Any] | None:
+    """What ``shown`` gave when a picture was drawn; None if the file does not say.
+
+    Raises:
+        OSError: The picture cannot be read.
+        ValueError: It is no SVG.
+    """
+    try:
+        root = ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{path} is no picture: {error}") from error
+    found = root.find(f"{{*}}metadata[@id='{_DATA}']")
+    return None if found is None or found.text is None else json.loads(found.text)
+
+
 def _draw_layer(axes: Axes, rows: dict[str, dict[str, float | None]], slots: int) -> None:
     height = 0.36
     for row, speedups in enumerate(rows.values()):
@@ -61,7 +112,7 @@ def _draw_layer(axes: Axes, rows: dict[str, dict[str, float | None]], slots: int
             else:
                 offset = -height / 2 if direction == "inference" else height / 2
             if speedup is None:
-                axes.text(1.03, row + offset, "gate failed", color=_LOSS, va="center", fontsize=7)
+                axes.text(1.03, row + offset, _number(None), color=_LOSS, va="center", fontsize=7)
                 continue
             colour = _COLOURS[direction] if speedup >= 1 else _LOSS
             hatch = None if direction == "inference" else "////"
@@ -76,7 +127,7 @@ def _draw_layer(axes: Axes, rows: dict[str, dict[str, float | None]], slots: int
                 linewidth=0,
             )
             edge = max(speedup, 1.0) * 1.04
-            axes.text(edge, row + offset, f"{speedup:.2f}", color=_INK, va="center", fontsize=7)
+            axes.text(edge, row + offset, _number(speedup), color=_INK, va="center", fontsize=7)
     axes.axvline(1, color=_INK, linewidth=0.8)
     axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
     axes.set_ylim(slots - 0.5, -0.5)  # first case on top, bars equally thick in every column
@@ -102,7 +153,7 @@ def draw(results: Sequence[CaseResult], machine: dict[str, Any], path: Path) -> 
     """Write the picture as SVG.
 
     Args:
-        results: What to show.
+        results: What to show; of several thread counts, the highest.
         machine: Record of the machine, for the caption.
         path: Where to write.
     """
@@ -110,7 +161,9 @@ def draw(results: Sequence[CaseResult], machine: dict[str, Any], path: Path) -> 
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    groups = {column: rows for column in _COLUMNS if (rows := _labelled(results, column))}
+    recorded = shown(results, machine)
+    results, machine = at_most_threads(results, machine)
+    groups = _grouped(results)
     speedups = [s for rows in groups.values() for row in rows.values() for s in row.values() if s]
     if not speedups:
         raise ValueError("no case was timed, there is nothing to draw")
@@ -128,18 +181,13 @@ def draw(results: Sequence[CaseResult], machine: dict[str, Any], path: Path) -> 
     figure.legend(
         handles=handles, loc="outside lower center", ncols=3, frameon=False, labelcolor=_INK
     )
-    peer = "torch"
-    if any(isinstance(result.case, TransformerCase) for result in results):
-        peer = "torch, eager or compiled, whichever is faster"
-    figure.suptitle(
-        f"Speed-up over {peer}, {machine['threads']} threads, {machine['cpu']}",
-        color=_INK,
-        fontsize=9,
-    )
+    figure.suptitle(recorded["caption"], color=_INK, fontsize=9)
     # Fixed salt and no date: the same results give the same file.
     with mpl.rc_context({"svg.hashsalt": "fastseq", "svg.fonttype": "none"}):
         figure.savefig(
             path, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
         )
     svg = path.read_text(encoding="utf-8")
-    path.write_text(svg.replace("<defs>", f"{_STYLE}\n <defs>", 1), encoding="utf-8")
+    data = escape(json.dumps(recorded, sort_keys=True))
+    added = f'<metadata id="{_DATA}">{data}</metadata>\n {_STYLE}'
+    path.write_text(svg.replace("<defs>", f"{added}\n <defs>", 1), encoding="utf-8")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import torch
 
+from fastseq._work import ELEMENT_BYTES
 from fastseq.bench import memory
 from fastseq.bench.build import BuiltCase, build, input_tensor, layer_call
-from fastseq.bench.cases import AnyCase
-from fastseq.bench.timing import interleave
+from fastseq.bench.results import OURS
+from fastseq.bench.timing import Timing, interleave
+from fastseq.bench.transformer_cases import TransformerCase
 
 _NEW_SHAPES = 15
 _LATER_CALLS = 5
@@ -22,8 +26,26 @@ class ProbeSkippedError(Exception):
     """The probe cannot run here; the message says why."""
 
 
-def first_call(built: BuiltCase, suite: str, seconds: float) -> dict[str, float]:
+@dataclass(frozen=True)
+class Measured:
+    """A case that has been timed, as a probe finds it.
+
+    Attributes:
+        built: The case made concrete.
+        calls: What was timed, by peer.
+        timings: What came out.
+        seconds: Time to spend on further timing.
+    """
+
+    built: Any
+    calls: Mapping[str, Callable[[], object]]
+    timings: Mapping[str, Timing]
+    seconds: float
+
+
+def first_call(measured: Measured) -> dict[str, float]:
     """Time of the first call at a new shape over that of later calls at it."""
+    built: BuiltCase = measured.built
     ratios = []
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -41,47 +63,47 @@ def first_call(built: BuiltCase, suite: str, seconds: float) -> dict[str, float]
     return {"first_call_over_later": statistics.median(ratios)}
 
 
-def shape_sweep(built: BuiltCase, suite: str, seconds: float) -> dict[str, float]:
+def shape_sweep(measured: Measured) -> dict[str, float]:
     """Memory that the second 500 of 1,000 different shapes add."""
+    return _memory(measured, "shapes", "shape_sweep_growth_bytes")
+
+
+def peak_memory(measured: Measured) -> dict[str, float]:
+    """Peak memory of one call, ours and torch's."""
+    return _memory(measured, "peak", "peak_memory_bytes")
+
+
+def _memory(measured: Measured, question: memory.Question, name: str) -> dict[str, float]:
     if not memory.available():
         raise ProbeSkippedError("reading a process's memory needs Linux")
-    return {
-        "shape_sweep_growth_bytes": memory.measure(built.case, "fastseq", "shapes", suite),
-        "shape_sweep_growth_bytes_torch": memory.measure(built.case, "torch", "shapes", suite),
-    }
+    case, threads = measured.built.case, torch.get_num_threads()
+    try:
+        return {
+            name: memory.measure(case, "fastseq", question, threads),
+            f"{name}_torch": memory.measure(case, "torch", question, threads),
+        }
+    except RuntimeError as error:
+        raise ProbeSkippedError(str(error)) from error
 
 
-def peak_memory(built: BuiltCase, suite: str, seconds: float) -> dict[str, float]:
-    """Peak memory of one training step, ours and torch's."""
-    return peak_memory_of(built.case, suite)
-
-
-def peak_memory_of(case: AnyCase, suite: str) -> dict[str, float]:
-    """Peak memory of one training step of any case of a suite, ours and torch's."""
-    if not memory.available():
-        raise ProbeSkippedError("reading a process's memory needs Linux")
-    return {
-        "peak_memory_bytes": memory.measure(case, "fastseq", "peak", suite),
-        "peak_memory_bytes_torch": memory.measure(case, "torch", "peak", suite),
-    }
-
-
-def evaluation_mode(built: BuiltCase, suite: str, seconds: float) -> dict[str, float]:
+def evaluation_mode(measured: Measured) -> dict[str, float]:
     """Forward in eval() without no_grad, over forward in train()."""
+    built: BuiltCase = measured.built
     layer_input = built.input
     training, evaluating = built.fastseq_layer, build(built.case).fastseq_layer.eval()
     training.train()
     with torch.enable_grad():
         timings = interleave(
             {"train": lambda: training(layer_input), "eval": lambda: evaluating(layer_input)},
-            seconds=seconds,
+            seconds=measured.seconds,
         )
     ratio = timings["eval"].median_s / timings["train"].median_s
     return {"evaluation_over_training_forward": ratio}
 
 
-def denormal(built: BuiltCase, suite: str, seconds: float) -> dict[str, float]:
+def denormal(measured: Measured) -> dict[str, float]:
     """Time with denormal inputs and states over the time with ordinary ones."""
+    built: BuiltCase = measured.built
     options = dataclasses.replace(built.case.options, denormal=False)
     ordinary = build(dataclasses.replace(built.case, options=options))
     ordinary = dataclasses.replace(ordinary, state=_ordinary_state(built))
@@ -90,7 +112,7 @@ def denormal(built: BuiltCase, suite: str, seconds: float) -> dict[str, float]:
         "ordinary": layer_call(ordinary.fastseq_layer, ordinary),
     }
     with torch.set_grad_enabled(built.case.direction == "training"):
-        timings = interleave(calls, seconds=seconds)
+        timings = interleave(calls, seconds=measured.seconds)
     return {"denormal_over_ordinary": timings["denormal"].median_s / timings["ordinary"].median_s}
 
 
@@ -142,10 +164,27 @@ def copy_bandwidth(call: Callable[[], object], traffic: int, seconds: float) -> 
     }
 
 
-PROBES: dict[str, Callable[[BuiltCase, str, float], dict[str, float]]] = {
+def _copied(measured: Measured) -> dict[str, float]:
+    return copy_bandwidth(measured.calls[OURS], measured.built.case.bytes(), measured.seconds)
+
+
+def _read(measured: Measured) -> dict[str, float]:
+    """Bytes per second of the case over those that the threads read."""
+    case = measured.built.case
+    rate = case.bytes() / measured.timings[OURS].median_s
+    size = _READ_BYTES
+    if isinstance(case, TransformerCase):
+        # What generation reads over and over: as much as its weights.
+        size = case.weight_elements() * ELEMENT_BYTES[case.dtype]
+    return {"share_of_read_bandwidth": rate / read_bandwidth(size)}
+
+
+PROBES: dict[str, Callable[[Measured], dict[str, float]]] = {
     "first_call": first_call,
     "shape_sweep": shape_sweep,
     "peak_memory": peak_memory,
     "evaluation_mode": evaluation_mode,
+    "copy_bandwidth": _copied,
+    "read_bandwidth": _read,
     "denormal": denormal,
 }

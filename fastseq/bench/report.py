@@ -1,74 +1,19 @@
-"""Results as JSON, as a table on the terminal, and as the tables of the README."""
+"""Results as the tables of the README."""
 
 from __future__ import annotations
 
-import json
 import re
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastseq.bench.attention_cases import AttentionCase
-from fastseq.bench.cases import GATES, LAYERS, Case, from_record
-from fastseq.bench.gate import GateResult, TensorError
-from fastseq.bench.runner import COMPILED, ONNX, OURS, OURS_FUNCTIONAL, TORCH, CaseResult
+from fastseq.bench.cases import GATES, Case
+from fastseq.bench.machine import threads_text
+from fastseq.bench.results import COMPILED, ONNX, OPENVINO, OURS, TORCH, CaseResult
 from fastseq.bench.timing import Timing
 from fastseq.bench.transformer_cases import TransformerCase
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-FORMAT = 1
 NOTHING = "-"  # in a table cell
-
-
-def to_json(results: Sequence[CaseResult], machine: dict[str, Any], suite: str) -> dict[str, Any]:
-    """A result file: what was measured, on what, and the figures derived from it."""
-    records = []
-    for result in results:
-        record = asdict(result)
-        record["gate"]["passed"] = result.gate.passed
-        record["derived"] = {
-            "flops": result.case.flops(),
-            "bytes": result.case.bytes(),
-            "gflops": {peer: result.gflops(peer) for peer in result.timings},
-            "share_of_fma_peak": result.share_of_peak(),
-            "speedup_over_torch": result.speedup(TORCH),
-            "speedup_over_torch_compile": result.speedup(COMPILED),
-            "speedup_over_onnxruntime": result.onnx_speedup(),
-        }
-        records.append(record)
-    return {"format": FORMAT, "suite": suite, "machine": machine, "results": records}
-
-
-def from_json(document: dict[str, Any]) -> list[CaseResult]:
-    """The results in a file written by ``to_json``; derived figures are computed afresh."""
-    if document.get("format") != FORMAT:
-        raise ValueError(f"expected a result file of format {FORMAT}")
-    results = []
-    for record in document["results"]:
-        case = from_record(record["case"])
-        gate = GateResult(tuple(TensorError(**error) for error in record["gate"]["errors"]))
-        timings = {peer: Timing(**timing) for peer, timing in record["timings"].items()}
-        results.append(
-            CaseResult(
-                case,
-                gate,
-                timings,
-                record["skipped"],
-                record["probes"],
-                record["fma_peak_gflops"],
-            )
-        )
-    return results
-
-
-def load(path: Path) -> tuple[list[CaseResult], dict[str, Any]]:
-    """Results and machine record of a file."""
-    document = json.loads(path.read_text(encoding="utf-8"))
-    return from_json(document), document["machine"]
 
 
 def format_seconds(seconds: float) -> str:
@@ -84,91 +29,27 @@ def format_ratio(ratio: float | None) -> str:
     return NOTHING if ratio is None else f"{ratio:.2f}x"
 
 
-def _spread(timing: Timing) -> str:
+def format_spread(timing: Timing) -> str:
+    """A median with half the distance between the quartiles."""
     half = (timing.upper_quartile_s - timing.lower_quartile_s) / 2 / timing.median_s
     return f"{format_seconds(timing.median_s)} ±{half:.0%}"
 
 
-def new_table(suite: str = "rnn") -> Table:
-    """An empty table for ``add_row``; the suite decides on the second peer."""
-    from rich.table import Table
+def at_most_threads(
+    results: Sequence[CaseResult], machine: dict[str, Any]
+) -> tuple[list[CaseResult], dict[str, Any]]:
+    """What tables and pictures without a column for threads show: the most that were used.
 
-    other = "vs compiled" if suite == "transformer" else "vs onnxruntime"
-    table = Table(title="median ± half the quartile range; more than 1x is faster than the peer")
-    table.add_column("case", no_wrap=True)
-    for heading in ("torch", "fastseq", "vs torch", other, "GFLOP/s", "of FMA peak"):
-        table.add_column(heading, justify="right")
-    table.add_column("gate")
-    return table
+    Args:
+        results: Of any thread counts.
+        machine: Record of the machine.
 
-
-def add_row(table: Table, result: CaseResult) -> None:
-    """Append one result; a failed gate shows the offending tensor instead of times."""
-    if not result.gate.passed:
-        table.add_row(result.case.name, *[NOTHING] * 6, f"[red]{result.gate.summary()}[/red]")
-        return
-    share = result.share_of_peak()
-    rate = result.gflops()
-    table.add_row(
-        result.case.name,
-        _spread(result.timings[TORCH]),
-        _spread(result.timings[OURS]),
-        _coloured(result.speedup(TORCH)),
-        _coloured(_second_speedup(result)),
-        NOTHING if rate is None else f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}",
-        NOTHING if share is None else f"{share:.0%}",
-        "passed",
-    )
-
-
-def _second_speedup(result: CaseResult) -> float | None:
-    if isinstance(result.case, TransformerCase):
-        return result.speedup(COMPILED)
-    return result.onnx_speedup()
-
-
-def _coloured(ratio: float | None) -> str:
-    text = format_ratio(ratio)
-    return f"[red]{text}[/red]" if ratio is not None and ratio < 1 else text
-
-
-def notes(results: Sequence[CaseResult]) -> list[str]:
-    """Lines below the table: functional entry, probes, skipped peers, means."""
-    lines = []
-    for result in results:
-        if OURS_FUNCTIONAL in result.timings:
-            lines.append(f"{result.case.name}: {_functional_note(result)}")
-        for name, value in result.probes.items():
-            shown = f"{value / 1e6:.2f} MB" if "bytes" in name else f"{value:.2f}"
-            lines.append(f"{result.case.name}: {name} {shown}")
-    reasons: dict[tuple[str, str], int] = {}
-    for result in results:
-        for item in result.skipped.items():
-            reasons[item] = reasons.get(item, 0) + 1
-    for (name, reason), count in reasons.items():
-        lines.append(f"skipped {name} in {count} case{'s' if count > 1 else ''}: {reason}")
-    for layer in LAYERS:
-        for direction in ("inference", "training"):
-            ratios = [
-                ratio
-                for result in results
-                if (result.case.layer, result.case.direction) == (layer, direction)
-                and result.case.plain
-                and (ratio := result.torch_speedup()) is not None
-            ]
-            if len(ratios) > 1:
-                mean, worst = statistics.geometric_mean(ratios), min(ratios)
-                lines.append(
-                    f"{layer} {direction}, {len(ratios)} plain cases: "
-                    f"geometric mean {mean:.2f}x torch, at least {worst:.2f}x"
-                )
-    return lines
-
-
-def _functional_note(result: CaseResult) -> str:
-    timing = result.timings[OURS_FUNCTIONAL]
-    over_torch = format_ratio(result.speedup(TORCH, OURS_FUNCTIONAL))
-    return f"functional entry {_spread(timing)}, {over_torch} torch"
+    Returns:
+        The results at that count, and the record as if it had been the only one.
+    """
+    most = max((result.threads for result in results), default=0)
+    chosen = [result for result in results if result.threads == most]
+    return chosen, machine | {"threads": most} if most else machine
 
 
 # --- README ---------------------------------------------------------------------------------
@@ -255,14 +136,14 @@ def _readme_cell(result: CaseResult | None) -> str:
     text = f"{format_seconds(result.timings[OURS].median_s)} ({ratio:.2f}x)"
     if ratio < 1:
         text = f"**{text}**"
-    onnx = result.onnx_speedup()
-    return text if onnx is None else f"{text}, {onnx:.2f}x {ONNX}"
+    engines = [(name, result.peer_speedup(name)) for name in (ONNX, OPENVINO)]
+    return ", ".join([text, *(f"{ratio:.2f}x {name}" for name, ratio in engines if ratio)])
 
 
 def _readme_machine(machine: dict[str, Any]) -> str:
     libraries = ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())
     return (
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']} kernels, "
+        f"{machine['cpu']}, {threads_text(machine)}, {machine['isa']} kernels, "
         f"{libraries}, {machine['date']}"
     )
 
@@ -270,11 +151,13 @@ def _readme_machine(machine: dict[str, Any]) -> str:
 def fill_markers(text: str, results: Sequence[CaseResult], machine: dict[str, Any]) -> str:
     """Replace what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->``.
 
-    Markers of other suites stay as they are: a document may show all.
+    Markers of other suites stay as they are: a document may show all. Of several thread counts the
+    tables show the highest.
 
     Raises:
         ValueError: The text has no marker, or one with an unknown name.
     """
+    results, machine = at_most_threads(results, machine)
     recurrent: dict[str, Callable[[], str]] = {
         "inference": lambda: _readme_table(results, "inference"),
         "training": lambda: _readme_table(results, "training"),

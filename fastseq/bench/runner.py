@@ -2,210 +2,200 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import torch
 
 from fastseq._config import fma_peak_gflops
-from fastseq.bench import attention, generation, onnx_peer, transformer
-from fastseq.bench.build import BuiltCase, build, functional_call, layer_call
-from fastseq.bench.cases import AnyCase, Case
+from fastseq.bench import peers
+from fastseq.bench.caches import CacheFlusher
+from fastseq.bench.cases import AnyCase
 from fastseq.bench.compiled import CompileSkippedError, compiled_call
-from fastseq.bench.gate import GateResult, check, check_output
-from fastseq.bench.probes import (
-    PROBES,
-    ProbeSkippedError,
-    copy_bandwidth,
-    peak_memory_of,
-    read_bandwidth,
+from fastseq.bench.families import Call, Family, family_of
+from fastseq.bench.gate import GateResult
+from fastseq.bench.probes import PROBES, Measured, ProbeSkippedError
+from fastseq.bench.results import (
+    COMPILED,
+    ONNX,
+    OPENVINO,
+    OURS,
+    OURS_FUNCTIONAL,
+    PEERS,
+    TORCH,
+    CaseResult,
+    peak_memory,
 )
-from fastseq.bench.timing import Timing, interleave
-from fastseq.bench.transformer_cases import ELEMENT_BYTES, TransformerCase
+from fastseq.bench.timing import interleave, interleave_cold
 
-OURS = "fastseq"
-OURS_FUNCTIONAL = "fastseq.functional"
-TORCH = "torch"
-COMPILED = "torch.compile"
-ONNX = "onnxruntime"
+__all__ = [
+    "COMPILED",
+    "ONNX",
+    "OPENVINO",
+    "OURS",
+    "OURS_FUNCTIONAL",
+    "PEERS",
+    "TORCH",
+    "CaseResult",
+    "Plan",
+    "run",
+    "run_case",
+]
 
 
-@dataclass
-class CaseResult:
-    """All that was found out about one case.
+def _silent(phase: str) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How cases are run.
 
     Attributes:
-        case: What was run.
-        gate: The correctness check; if it failed there are no timings.
-        timings: Seconds per call by peer.
-        skipped: Why a peer or probe did not run, by its name.
-        probes: Figures of the extra measurements.
-        fma_peak_gflops: What the hardware could do, measured in the same run.
+        peers: Whom to time beside ourselves, by the names of ``results.PEERS``' values.
+        threads: Numbers of threads; every case runs on each.
+        seconds: Time to spend on timing all peers, and on each probe that times.
+        cold: Whether to time once more with the caches flushed before each call.
+        probes: Whether to ask the cases' extra questions.
+        on_phase: Told what is about to be done within a case.
     """
 
-    case: AnyCase
-    gate: GateResult
-    timings: dict[str, Timing] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    probes: dict[str, float] = field(default_factory=dict)
-    fma_peak_gflops: float | None = None
-
-    def speedup(self, peer: str, ours: str = OURS) -> float | None:
-        """How many times faster we are than a peer; below 1 is slower."""
-        if peer not in self.timings or ours not in self.timings:
-            return None
-        return self.timings[peer].median_s / self.timings[ours].median_s
-
-    def torch_speedup(self) -> float | None:
-        """Speed-up over torch, eager or compiled, whichever is faster here."""
-        found = [r for peer in (TORCH, COMPILED) if (r := self.speedup(peer)) is not None]
-        return min(found, default=None)
-
-    def onnx_speedup(self) -> float | None:
-        """Speed-up over onnxruntime, from the entry that is compared with it.
-
-        A single step goes through the functional entry: onnxruntime has no module around its
-        call either.
-        """
-        return self.speedup(ONNX, OURS_FUNCTIONAL if self.case.streaming else OURS)
-
-    def gflops(self, peer: str = OURS) -> float | None:
-        """Arithmetic rate of a peer; None for what has no matrix product."""
-        if peer not in self.timings or not self.case.flops():
-            return None
-        return self.case.flops() / self.timings[peer].median_s / 1e9
-
-    def share_of_peak(self) -> float | None:
-        """Our arithmetic rate over the measured FMA peak."""
-        rate = self.gflops()
-        if rate is None or not self.fma_peak_gflops:
-            return None
-        return rate / self.fma_peak_gflops
+    peers: Sequence[str] = (TORCH, ONNX, OPENVINO)
+    threads: Sequence[int] = field(default_factory=lambda: (torch.get_num_threads(),))
+    seconds: float = 2.0
+    cold: bool = False
+    probes: bool = True
+    on_phase: Callable[[str], None] = _silent
 
 
-def _onnx_call(built: BuiltCase, result: CaseResult) -> Callable[[], object] | None:
-    try:
-        session = onnx_peer.prepare(built, torch.get_num_threads())
-    except onnx_peer.UnsupportedCaseError as error:
-        result.skipped[ONNX] = str(error)
-        return None
-    except ImportError as error:
-        result.skipped[ONNX] = f"not installed ({error.name})"
-        return None
-    if not check_output(built, session.output()):
-        result.skipped[ONNX] = "its output differs from torch's"
-        return None
-    return session.call
+def run(cases: Iterable[AnyCase], plan: Plan | None = None) -> Iterator[CaseResult]:
+    """Run cases one after another, giving out each result as it is ready."""
+    plan = plan or Plan()
+    for case in cases:
+        for threads in plan.threads:
+            yield run_case(case, plan, threads)
 
 
-def peer_calls(built: BuiltCase, result: CaseResult) -> dict[str, Callable[[], object]]:
-    """The call of every peer that can run a case; the others are noted in the result."""
-    calls = {
-        TORCH: layer_call(built.torch_layer, built),
-        OURS: layer_call(built.fastseq_layer, built),
-    }
-    if built.case.streaming:
-        calls[OURS_FUNCTIONAL] = functional_call(built)
-    onnx_call = _onnx_call(built, result)
-    if onnx_call is not None:
-        calls[ONNX] = onnx_call
-    return calls
-
-
-def run_case(
-    case: AnyCase, *, suite: str = "rnn", seconds: float = 2.0, compiled: bool = True
-) -> CaseResult:
+def run_case(case: AnyCase, plan: Plan | None = None, threads: int | None = None) -> CaseResult:
     """Check a case and, if it is right, time it.
+
+    An error does not end the run: it is noted in the result, and the next case can follow.
 
     Args:
         case: What to run.
-        suite: The suite that holds it; probes that start a process name the case by it.
-        seconds: Time to spend on timing all peers, and on each probe that times.
-        compiled: Whether ``torch.compile`` is one of the peers, in the suites that have it.
+        plan: How to run it.
+        threads: Threads of every peer; the plan's first unless given.
     """
-    if isinstance(case, TransformerCase):
-        return _run_transformer(case, suite, seconds, compiled)
-    if not isinstance(case, Case):
-        built_attention = attention.build(case)
-        result = CaseResult(case, attention.check(built_attention))
-        if result.gate.passed:
-            libraries: dict[str, attention.Library] = {TORCH: "torch", OURS: "fastseq"}
-            calls = {
-                name: attention.timed_call(built_attention, library)
-                for name, library in libraries.items()
-            }
-            _time(result, calls, seconds)
-            if "read_bandwidth" in case.options.probes:
-                rate = case.bytes() / result.timings[OURS].median_s
-                result.probes["share_of_read_bandwidth"] = rate / read_bandwidth()
-        return result
-    built = build(case)
-    result = CaseResult(case, check(built))
+    plan = plan or Plan()
+    before = torch.get_num_threads()
+    result = CaseResult(case, GateResult(()), threads=threads or plan.threads[0])
+    torch.set_num_threads(result.threads)
+    try:
+        with torch.set_grad_enabled(case.direction == "training"):
+            _fill(result, plan)
+    except Exception as error:  # whatever it is, other cases may be fine
+        result.skipped["case"] = _one_line(error)
+    finally:
+        torch.set_num_threads(before)
+    return result
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}".removesuffix(": ")
+
+
+def _fill(result: CaseResult, plan: Plan) -> None:
+    case = result.case
+    family = family_of(case)
+    plan.on_phase("building")
+    built = family.build(case)
+    calls = _own_calls(family, built, plan)
+    # Before the gate, which would be their first call otherwise. Ours goes first: whatever the
+    # libraries share at their start is then on our account.
+    first_call_s = {name: _seconds(calls[name]) for name in (OURS, TORCH) if name in calls}
+    plan.on_phase("checking")
+    result.gate = family.check(built)
     if not result.gate.passed:
-        return result
-    _time(result, peer_calls(built, result), seconds)
-    for name in case.options.probes:
+        return
+    result.first_call_s = first_call_s
+    calls |= _peer_calls(family, built, result, plan)
+    plan.on_phase("timing")
+    result.fma_peak_gflops = fma_peak_gflops(case.dtype)
+    seconds, visits = plan.seconds, family.minimum_visits
+    result.timings = interleave(calls, seconds=seconds, minimum_visits=visits)
+    if plan.cold:
+        plan.on_phase("timing with cold caches")
+        result.cold = interleave_cold(calls, CacheFlusher(), seconds=seconds, minimum_visits=visits)
+    if plan.probes:
+        _ask(result, Measured(built, calls, result.timings, plan.seconds), plan)
+
+
+def _own_calls(family: Family, built: Any, plan: Plan) -> dict[str, Call]:
+    """Calls of what needs no preparation: torch and we."""
+    calls: dict[str, Call] = {}
+    if TORCH in plan.peers:
+        calls[TORCH] = family.timed_call(built, "torch")
+    calls[OURS] = family.timed_call(built, "fastseq")
+    functional = family.functional(built)
+    if functional is not None:
+        calls[OURS_FUNCTIONAL] = functional
+    return calls
+
+
+def _seconds(call: Call) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
+
+
+def _peer_calls(family: Family, built: Any, result: CaseResult, plan: Plan) -> dict[str, Call]:
+    """The call of every further peer that can run a case; the others are noted in the result."""
+    calls: dict[str, Call] = {}
+    for name in plan.peers:
+        if name == TORCH:
+            continue
+        plan.on_phase(f"preparing {name}")
         try:
-            result.probes |= PROBES[name](built, suite, seconds)
+            if name == COMPILED:
+                calls[name] = _compiled(family, built, result)
+            else:
+                calls[name] = _engine(name, built, result)
+        except (CompileSkippedError, peers.PeerSkippedError) as error:
+            result.skipped[name] = str(error)
+    return calls
+
+
+def _compiled(family: Family, built: Any, result: CaseResult) -> Call:
+    start = perf_counter()
+    first: list[float] = []
+    call = compiled_call(
+        family.callee(built),
+        lambda callee: family.timed_call(built, "torch", callee),
+        dynamic=family.dynamic,
+        on_first_call=lambda: first.append(perf_counter() - start),
+    )
+    if not family.agrees(built, call(), family.timed_call(built, "torch")()):
+        raise CompileSkippedError("its results differ from those of torch uncompiled")
+    result.first_call_s[COMPILED] = first[0]
+    return call
+
+
+def _engine(name: str, built: Any, result: CaseResult) -> Call:
+    prepared = peers.prepare(name, built, result.threads)
+    if not peers.agrees(built, prepared.output()):
+        raise peers.PeerSkippedError("its output differs from torch's")
+    result.first_call_s[name] = prepared.setup_seconds
+    return prepared.call
+
+
+def _ask(result: CaseResult, measured: Measured, plan: Plan) -> None:
+    for name in result.case.options.probes:
+        plan.on_phase(f"asking {name}")
+        try:
+            result.probes |= PROBES[name](measured)
         except ProbeSkippedError as error:
             result.skipped[name] = str(error)
-    return result
-
-
-def _run_transformer(
-    case: TransformerCase, suite: str, seconds: float, compiled: bool
-) -> CaseResult:
-    making: Any = generation if case.layer == "generation" else transformer
-    built = making.build(case)
-    result = CaseResult(case, making.check(built))
-    if not result.gate.passed:
-        return result
-    calls: dict[str, Callable[[], object]] = {
-        TORCH: making.timed_call(built, "torch"),
-        OURS: making.timed_call(built, "fastseq"),
-    }
-    with torch.set_grad_enabled(case.direction == "training"):
-        if compiled:
-            try:
-                calls[COMPILED] = compiled_call(
-                    built.callees["torch"],
-                    lambda callee: making.timed_call(built, "torch", callee),
-                    dynamic=True if making is generation else None,
-                )
-            except CompileSkippedError as error:
-                result.skipped[COMPILED] = str(error)
-        # One call of torch's generation takes seconds.
-        _time(result, calls, seconds, minimum_visits=3 if making is generation else 7)
-        probes = case.options.probes
-        if "copy_bandwidth" in probes:
-            result.probes |= copy_bandwidth(calls[OURS], case.bytes(), seconds)
-    if "read_bandwidth" in probes:
-        rate = case.bytes() / result.timings[OURS].median_s
-        weights = case.weight_elements() * ELEMENT_BYTES[case.dtype]
-        result.probes["share_of_read_bandwidth"] = rate / read_bandwidth(weights)
-    if "peak_memory" in probes:
-        try:
-            result.probes |= peak_memory_of(case, suite)
-        except ProbeSkippedError as error:
-            result.skipped["peak_memory"] = str(error)
-    return result
-
-
-def _time(
-    result: CaseResult,
-    calls: dict[str, Callable[[], object]],
-    seconds: float,
-    minimum_visits: int = 7,
-) -> None:
-    result.fma_peak_gflops = fma_peak_gflops(result.case.dtype)
-    with torch.set_grad_enabled(result.case.direction == "training"):
-        result.timings = interleave(calls, seconds=seconds, minimum_visits=minimum_visits)
-
-
-def run(
-    cases: Iterable[AnyCase], *, suite: str = "rnn", seconds: float = 2.0, compiled: bool = True
-) -> Iterator[CaseResult]:
-    """Run cases one after another, giving out each result as it is ready."""
-    for case in cases:
-        yield run_case(case, suite=suite, seconds=seconds, compiled=compiled)
+    result.peak_memory_bytes = peak_memory(result.probes)

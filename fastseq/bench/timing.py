@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
 # Visits shorter than this are filled with further calls, so that the clock's resolution and the
 # cold caches left behind by the previous peer do not decide a case of a few microseconds.
 _VISIT_SECONDS = 2e-3
+# Calls of such a visit are also timed one by one for their percentiles, up to this time and number.
+_SINGLES_SECONDS = 5e-3
+_SINGLES = 100
+# Calls from which their number in a visit is found; one that takes longer is timed alone, surely.
+_TRIALS = 4
+_SLOW_SECONDS = 0.1
 # Idle threads of one peer's pool keep spinning for a while; wait until they sleep, otherwise they
 # take cores from the next peer.
 _SETTLE_SECONDS = 2e-2
@@ -27,6 +34,10 @@ class Timing:
         upper_quartile_s: A quarter of the visits were slower.
         visits: How many visits.
         calls_per_visit: Calls timed together in one visit.
+        p50_s: Median of calls timed one by one.
+        p95_s: 95 % of them were as fast; None below 20 calls.
+        p99_s: 99 % of them were as fast; None below 100 calls.
+        minimum_s: The fastest of them.
     """
 
     median_s: float
@@ -34,23 +45,105 @@ class Timing:
     upper_quartile_s: float
     visits: int
     calls_per_visit: int
+    p50_s: float | None = None
+    p95_s: float | None = None
+    p99_s: float | None = None
+    minimum_s: float | None = None
 
 
-def summarize(samples: list[float], calls_per_visit: int) -> Timing:
-    """Median and quartiles of seconds per call."""
+def percentile(samples: Sequence[float], percent: float) -> float | None:
+    """The smallest sample that at least ``percent`` of all samples do not exceed (nearest rank).
+
+    None for fewer samples than put one beyond it (20 for 95 %, 100 for 99 %): that would be the
+    maximum under another name.
+    """
+    if len(samples) * (100 - percent) < 100:
+        return None
+    rank = max(1, math.ceil(len(samples) * percent / 100))
+    return sorted(samples)[rank - 1]
+
+
+def summarize(
+    samples: list[float], calls_per_visit: int, singles: Sequence[float] | None = None
+) -> Timing:
+    """Median and quartiles of seconds per call, percentiles of single calls.
+
+    Args:
+        samples: Seconds per call, one for each visit.
+        calls_per_visit: Calls that a sample is the mean of.
+        singles: Seconds of calls timed one by one; None where ``samples`` are that.
+    """
     if len(samples) < 2:
         lower = upper = samples[0]
     else:
         lower, _, upper = statistics.quantiles(samples, n=4, method="inclusive")
-    return Timing(statistics.median(samples), lower, upper, len(samples), calls_per_visit)
+    if singles is None and calls_per_visit == 1:
+        singles = samples
+    median = statistics.median(samples)
+    if not singles:
+        return Timing(median, lower, upper, len(samples), calls_per_visit, median)
+    return Timing(
+        median,
+        lower,
+        upper,
+        len(samples),
+        calls_per_visit,
+        statistics.median(singles),
+        percentile(singles, 95),
+        percentile(singles, 99),
+        min(singles),
+    )
 
 
 def _calls_per_visit(call: Callable[[], object]) -> int:
-    call()
-    start = perf_counter()
-    call()
-    seconds = perf_counter() - start
-    return max(1, int(_VISIT_SECONDS / max(seconds, 1e-7)))
+    """How many calls fill a visit, going by the best of a few: the first ones may fetch memory."""
+    best = float("inf")
+    for _ in range(_TRIALS):
+        start = perf_counter()
+        call()
+        seconds = perf_counter() - start
+        if seconds > _SLOW_SECONDS:
+            return 1
+        best = min(best, seconds)
+    return max(1, int(_VISIT_SECONDS / max(best, 1e-7)))
+
+
+def _singles(call: Callable[[], object]) -> list[float]:
+    """Seconds of calls one by one, for a bounded time."""
+    samples: list[float] = []
+    now = perf_counter()
+    deadline = now + _SINGLES_SECONDS
+    while now < deadline and len(samples) < _SINGLES:
+        start = perf_counter()
+        call()
+        now = perf_counter()
+        samples.append(now - start)
+    return samples
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """How often and for how long calls take turns."""
+
+    seconds: float
+    minimum_visits: int
+    maximum_visits: int
+
+    def take(self, names: Sequence[str]) -> Iterator[str]:
+        """Names in the order of visits: A B C, C B A, A B C, ...; no garbage is collected."""
+        order = list(names)
+        deadline = perf_counter() + self.seconds
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            for visit in range(self.maximum_visits):
+                if visit >= self.minimum_visits and perf_counter() > deadline:
+                    break
+                yield from order
+                order.reverse()
+        finally:
+            if collecting:
+                gc.enable()
 
 
 def _visit(call: Callable[[], object], count: int) -> float:
@@ -85,19 +178,38 @@ def interleave(
     """
     counts = {name: _calls_per_visit(call) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        deadline = perf_counter() + seconds
-        for visit in range(maximum_visits):
-            if visit >= minimum_visits and perf_counter() > deadline:
-                break
-            for name in order:
-                time.sleep(settle_seconds)
-                samples[name].append(_visit(calls[name], counts[name]))
-            order.reverse()
-    finally:
-        if collecting:
-            gc.enable()
-    return {name: summarize(samples[name], counts[name]) for name in calls}
+    singles: dict[str, list[float]] = {name: [] for name in calls}
+    for name in _Turns(seconds, minimum_visits, maximum_visits).take(list(calls)):
+        time.sleep(settle_seconds)
+        samples[name].append(_visit(calls[name], counts[name]))
+        if counts[name] > 1:
+            singles[name] += _singles(calls[name])
+    return {name: summarize(samples[name], counts[name], singles[name] or None) for name in calls}
+
+
+def interleave_cold(
+    calls: Mapping[str, Callable[[], object]],
+    flush: Callable[[], object],
+    *,
+    seconds: float = 2.0,
+    minimum_visits: int = 7,
+    maximum_visits: int = 200,
+    settle_seconds: float = _SETTLE_SECONDS,
+) -> dict[str, Timing]:
+    """Time several calls in turn, each finding the caches full of something else.
+
+    Args:
+        calls: What to time, by name.
+        flush: Fills the caches; runs before every timed call. The pause comes after it, for it
+            wakes threads too.
+        seconds: Stop after this time, given ``minimum_visits``.
+        minimum_visits: Calls of each at least.
+        maximum_visits: Calls of each at most.
+        settle_seconds: Pause before each call.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for name in _Turns(seconds, minimum_visits, maximum_visits).take(list(calls)):
+        flush()
+        time.sleep(settle_seconds)
+        samples[name].append(_visit(calls[name], 1))
+    return {name: summarize(samples[name], 1) for name in calls}

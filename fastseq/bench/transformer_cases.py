@@ -9,9 +9,9 @@ import random
 from dataclasses import dataclass, field
 from typing import Literal
 
-Direction = Literal["inference", "training"]
+from fastseq._work import ELEMENT_BYTES, LinearSizes, NormSizes
 
-ELEMENT_BYTES: dict[str, int] = {"float64": 8, "float32": 4}
+Direction = Literal["inference", "training"]
 
 NORMS = ("layer_norm", "rms_norm")
 STACKS = ("encoder", "decoder", "transformer", "generation")
@@ -33,7 +33,7 @@ class TransformerOptions:
         ragged: An encoder's sequences have lengths uniform from an eighth of S to S, given as a
             key padding mask.
         memory: Generation attends to a memory of S rows, through cross-attention.
-        probes: Names of extra measurements, see ``fastseq.bench.transformer``.
+        probes: Names of extra measurements, see ``fastseq.bench.probes``.
     """
 
     activation: str | None = None
@@ -86,6 +86,7 @@ class TransformerCase:
         direction: "inference" (forward without gradients) or "training" (forward and backward,
             gradients for all inputs and parameters).
         options: Everything else.
+        tags: Suites and figures that the case belongs to.
     """
 
     name: str
@@ -99,6 +100,7 @@ class TransformerCase:
     dtype: str = "float32"
     direction: Direction = "inference"
     options: TransformerOptions = field(default_factory=TransformerOptions)
+    tags: tuple[str, ...] = ()
 
     @property
     def plain(self) -> bool:
@@ -206,7 +208,8 @@ class TransformerCase:
             return 0
         training = self.direction == "training"
         if self.layer == "linear":
-            return 2 * self.S * self.E * self.F * (3 if training else 1)
+            linear = LinearSizes(self.S, self.E, self.F)
+            return linear.product() + (linear.backward_flops() if training else 0)
         products, attention = self._multiply_adds()
         if training:
             return 2 * 3 * products + 7 * attention
@@ -232,14 +235,16 @@ class TransformerCase:
             return size * (weights + self.depth * 2 * self.E * held)
         if self.layer in NORMS:
             # One gradient serves input and residual.
-            arrays, uses = (7, 3) if training else (3, 1)
-            return size * (rows * self.E * arrays + weights * uses)
-        outputs = rows * (self.F if self.layer == "linear" else self.E)
-        inputs = rows * self.E
-        if self.layer in ("decoder", "transformer"):
-            inputs *= 2
-        added = outputs if self.options.residual else 0
-        elements = weights + inputs + added + outputs
+            norm = NormSizes(rows, self.E, 2 if self.layer == "layer_norm" else 1)
+            elements = norm.forward_traffic(residual=True, keeps_sum=training).total
+            return size * (elements + (norm.backward_traffic().total if training else 0))
+        if self.layer == "linear":
+            linear = LinearSizes(rows, self.E, self.F)
+            elements = linear.forward_traffic(self.options.residual).total
+            return size * (elements + (linear.backward_traffic().total if training else 0))
+        outputs = rows * self.E
+        inputs = 2 * outputs if self.layer in ("decoder", "transformer") else outputs
+        elements = weights + inputs + outputs
         if training:
             elements += 2 * weights + 2 * inputs + outputs
         return size * elements
