@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastseq._attention import Terms
+from fastseq._cells import GATES
 from fastseq._ops import attention, linear, recurrent  # noqa: F401  they define the ops
 from fastseq._ops.shared import PLAIN_TYPES
-from fastseq._work import AttentionSizes, LinearSizes
+from fastseq._work import AttentionSizes, LinearSizes, RecurrentSizes
 
 _TERMS = len(Terms._fields)
 
@@ -55,13 +56,10 @@ def _is_known(tensor: Tensor) -> bool:
     return type(tensor) in PLAIN_TYPES and not tensor.is_meta
 
 
-def _recurrent_sizes(
-    weights: Sequence[Tensor], has_biases: bool, bidirectional: bool
-) -> tuple[int, int, int, int]:
-    """Multiply-adds per row of the input, recurrent and projecting product; tensors a direction."""
-    each = len(weights) // (2 if bidirectional else 1)
-    projection = weights[each - 1].numel() if each > (4 if has_biases else 2) else 0
-    return weights[0].numel(), weights[1].numel(), projection, each
+def _sizes(cell: str, weights: Sequence[Tensor], proj_size: int, rows: int) -> RecurrentSizes:
+    """One direction."""
+    gate_rows, inputs = weights[0].shape
+    return RecurrentSizes(cell, rows, 0, inputs, gate_rows // GATES[cell], proj_size)
 
 
 @register_flop_formula(torch.ops.fastseq.rnn_forward, get_raw=True)
@@ -82,8 +80,7 @@ def _rnn_forward_flops(
     **__: Any,
 ) -> int:
     rows = _rows(input, batch_sizes, lengths)
-    *products, _each = _recurrent_sizes(weights, has_biases, bidirectional)
-    return 2 * (2 if bidirectional else 1) * rows * sum(products)
+    return (2 if bidirectional else 1) * _sizes(cell, weights, proj_size, rows).forward_flops()
 
 
 @register_flop_formula(torch.ops.fastseq.rnn_backward, get_raw=True)
@@ -111,49 +108,54 @@ def _rnn_backward_flops(
 ) -> int:
     """As autograd counts: the way back through each product, and the gradient of each weight."""
     rows = _rows(input, batch_sizes, lengths)
-    from_input, from_hidden, projection, each = _recurrent_sizes(weights, has_biases, bidirectional)
+    sizes = _sizes(cell, weights, proj_size, rows)
+    directions = 2 if bidirectional else 1
+    each = len(weights) // directions
     total = 0
-    for direction in range(2 if bidirectional else 1):
+    for direction in range(directions):
         first = _rows_without_predecessor(input, batch_sizes, lengths, batch_first, direction == 1)
         needs_weights = needs[3 + direction * each : 3 + (direction + 1) * each]
         # The step that a direction begins with hands nothing on unless the initial state asks.
-        total += from_hidden * (rows if needs[1] else rows - first) + projection * rows
-        total += rows * (from_input * needs[0] + from_input * needs_weights[0])
-        total += rows * from_hidden * needs_weights[1]
-        total += rows * projection * needs_weights[-1]
-    return 2 * total
+        handed_on = sizes if needs[1] else sizes._replace(rows=rows - first)
+        total += handed_on.recurrent_product() + sizes.projection()
+        total += sizes.input_product() * (needs[0] + needs_weights[0])
+        total += sizes.recurrent_product() * needs_weights[1]
+        total += sizes.projection() * needs_weights[-1]
+    return total
 
 
 # --- attention
 
 
 def _pairs(query: Tensor, key: Tensor, terms: Terms) -> int:
-    """(query, key) pairs over all heads; as for torch's own op, masks do not lessen them."""
+    """(query, key) pairs of one head; as for torch's own op, masks do not lessen them."""
     if query.dim() == 4:
         keys = key.shape[2]
         if terms.block_table is not None:
             keys *= terms.block_table.shape[1]
-        return query.shape[0] * query.shape[1] * query.shape[2] * keys
+        return query.shape[0] * query.shape[2] * keys
     assert terms.query_starts is not None
     assert terms.key_starts is not None
     if _is_known(terms.query_starts):
         pairs = int((terms.query_starts.diff() * terms.key_starts.diff()).sum())
     else:  # values are unknown: as if all sequences were equally long
         pairs = query.shape[0] * key.shape[0] // max(terms.query_starts.shape[0] - 1, 1)
-    return query.shape[1] * pairs
+    return pairs
 
 
-def _sizes(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> AttentionSizes:
-    """As of one head, with the pairs of all; rows do not matter to work."""
-    pairs = _pairs(query, key, terms)
-    return AttentionSizes(1, 1, 0, 0, key.shape[-1], value.shape[-1], pairs)
+def _attention_sizes(
+    query: Tensor, key: Tensor, value: Tensor, rest: Sequence[Any]
+) -> AttentionSizes:
+    # Either layout has heads second. Rows matter to the traffic only.
+    pairs = _pairs(query, key, Terms(*rest[:_TERMS]))
+    return AttentionSizes(query.shape[1], 0, 0, 0, key.shape[-1], value.shape[-1], pairs)
 
 
 @register_flop_formula(torch.ops.fastseq.attention_forward, get_raw=True)
 def _attention_forward_flops(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any = None, **_: Any
 ) -> int:
-    return _sizes(query, key, value, Terms(*rest[:_TERMS])).forward_flops()
+    return _attention_sizes(query, key, value, rest).forward_flops()
 
 
 @register_flop_formula(torch.ops.fastseq.attention_backward, get_raw=True)
@@ -167,7 +169,8 @@ def _attention_backward_flops(
     out_val: Any = None,
     **_: Any,
 ) -> int:
-    return _sizes(query, key, value, Terms(*rest[:_TERMS])).backward_flops()
+    # As torch counts, whichever gradients are asked for.
+    return _attention_sizes(query, key, value, rest).backward_flops()
 
 
 # --- linear
@@ -177,8 +180,7 @@ def _attention_backward_flops(
 def _linear_forward_flops(
     input_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any
 ) -> int:
-    outputs, features = weight_shape
-    return LinearSizes(math.prod(input_shape[:-1]), features, outputs).product()
+    return LinearSizes(math.prod(input_shape[:-1]), *reversed(weight_shape)).product()
 
 
 @register_flop_formula(torch.ops.fastseq.linear_backward)
@@ -193,11 +195,6 @@ def _linear_backward_flops(
     needs: Sequence[bool],
     **_: Any,
 ) -> int:
-    # Whichever gradient is asked for, the tensor that its product needs is there.
-    shape = weight_shape if weight_shape is not None else input_shape
-    if shape is None:
-        return 0
-    sizes = LinearSizes(math.prod(grad_shape[:-1]), shape[-1], grad_shape[-1])
-    return sizes.backward_flops(
-        needs[0] and weight_shape is not None, needs[1] and input_shape is not None
-    )
+    *batch, outputs = grad_shape
+    features = weight_shape[1] if weight_shape is not None else (input_shape or [0])[-1]
+    return LinearSizes(math.prod(batch), features, outputs).backward_flops(*needs[:2])

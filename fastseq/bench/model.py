@@ -75,9 +75,10 @@ def _run(arguments: argparse.Namespace) -> int:
     ]
     source = Source(arguments.factory, arguments.input)
     models, report, example = _build(source, arguments.seed, directions)
-    record = machine.describe(torch.get_num_threads())
+    record = machine.describe([torch.get_num_threads()])
     console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(f"{record['cpu']}, {record['threads']} threads, {record['isa']} kernels")
+    threads = machine.threads_text(record)
+    console.print(f"{record['cpu']}, {threads}, {record['isa']} kernels")
     console.print(report if len(report) else str(report))
     found = check(models, example, directions, arguments.seed)
     for line in model_report.check_lines(found):
