@@ -102,7 +102,7 @@ FS_INLINE const char* norm_name(const fastseq_norm_shape& shape) { return shape.
 
 // One thread for what it does in less time than another takes to wake up.
 FS_INLINE int64_t norm_threads(const fastseq_norm_shape& shape) {
-  constexpr int64_t elements_per_thread = 16384;
+  constexpr int64_t elements_per_thread = 32768;
   int64_t most = minimum(shape.rows, shape.rows * shape.features / elements_per_thread);
   return maximum(1, minimum(shape.threads, most));
 }
