@@ -21,6 +21,9 @@ template <class T>
 inline constexpr int64_t block_depth = (FS_VECTOR_BYTES == 64 ? 2048 : 1024) / (int64_t)sizeof(T);
 template <class T>
 inline constexpr int64_t block_stride = block_depth<T> + 64 / (int64_t)sizeof(T);
+// Terms that a tile adds up before it meets what was there.
+template <class T>
+inline constexpr int64_t longest_sum = 1024 / (int64_t)sizeof(T);
 
 // Widths that end up in saved tensors are rounded to this on every instruction set.
 inline constexpr int64_t padded_multiple = 32;
@@ -81,15 +84,25 @@ FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int
     a += k_step;
     panel += panel_step;
   };
-  for (int64_t k = depth / 2; k > 0; --k) {
-    turn();
-    turn();
-  }
-  if (depth % 2) turn();
+  // Long sums go by way of C in equal parts: the shorter a running sum, the more digits it keeps.
+  for (int64_t parts = (depth + longest_sum<T> - 1) / longest_sum<T>;; --parts) {
+    int64_t turns = parts > 1 ? depth / parts : depth;
+    depth -= turns;
+    for (int64_t k = turns / 2; k > 0; --k) {
+      turn();
+      turn();
+    }
+    if (turns % 2) turn();
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    store(c + r * c_stride, sum[r][0] + load(init + r * init_stride));
-    store(c + r * c_stride + lanes<T>, sum[r][1] + load(init + r * init_stride + lanes<T>));
+    for (int r = 0; r < R; ++r) {
+      store(c + r * c_stride, sum[r][0] + load(init + r * init_stride));
+      store(c + r * c_stride + lanes<T>, sum[r][1] + load(init + r * init_stride + lanes<T>));
+    }
+    if (!depth) break;
+    init = c;
+    init_stride = c_stride;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Vec<T>{};
   }
 }
 
@@ -119,6 +132,43 @@ FS_INLINE void run_tile(int64_t rows, const T* a, const T* panel, int64_t depth,
 // Rows are dealt to tiles evenly: 16 rows go as 8 + 8, not as 14 + 2, because a short tile waits for W.
 FS_INLINE int64_t tile_count(int64_t rows) { return (rows + FS_TILE_ROWS - 1) / FS_TILE_ROWS; }
 
+// The same for a few rows of a step: four sums over every fourth k each. One sum would wait for its own multiply-add most of
+// the time, and would lose more digits over as many terms.
+template <class T, int R>
+FS_NOINLINE void short_tile(const T* a /* R rows, block_stride apart */, const T* panel /* [depth][panel_width] */,
+                            int64_t depth, const T* init, int64_t init_stride, T* c, int64_t c_stride) {
+  constexpr int parts = 4;
+  constexpr int64_t prefetch_turns = 32;
+  Vec<T> sum[parts][R][2] = {};
+  auto turn = [&](int part, int64_t k) __attribute__((always_inline)) {
+    const T* weights = panel + k * panel_width<T>;
+    Vec<T> w0 = load(weights), w1 = load(weights + lanes<T>);
+    __builtin_prefetch(weights + prefetch_turns * panel_width<T>);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      Vec<T> value = broadcast(a[r * block_stride<T> + k]);
+      sum[part][r][0] = fused_multiply_add(value, w0, sum[part][r][0]);
+      sum[part][r][1] = fused_multiply_add(value, w1, sum[part][r][1]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + parts <= depth; k += parts) {
+#pragma GCC unroll 4
+    for (int part = 0; part < parts; ++part) turn(part, k + part);
+  }
+  for (; k < depth; ++k) turn(0, k);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      Vec<T> total = (sum[0][r][half] + sum[1][r][half]) + (sum[2][r][half] + sum[3][r][half]);
+      store(c + r * c_stride + half * lanes<T>, total + load(init + r * init_stride + half * lanes<T>));
+    }
+}
+
+// Up to here a step's rows go through short_tile. It depends on the rows of a step alone, so bits do not depend on the threads.
+inline constexpr int64_t short_rows = FS_TILE_ROWS == 14 ? 3 : 1;
+
 // c[rows][panel_width] = init + A[first_row ... , first_k ... first_k + depth) * panel.
 template <class T>
 FS_INLINE void multiply_panel(BlockedRows<T> a, int64_t first_row, int64_t rows, int64_t first_k, int64_t depth,
@@ -132,8 +182,17 @@ FS_INLINE void multiply_panel(BlockedRows<T> a, int64_t first_row, int64_t rows,
     for (int64_t i = 0; i < tiles; ++i) {
       Range part = tile_rows.part(i);
       const T* weights = panel + done * panel_width<T>;
-      run_tile<T, Walk::rows>(part.count(), a.at(first_row + part.begin, k), weights, step, init + part.begin * init_stride,
-                              init_stride, c + part.begin * c_stride, c_stride);
+      const T* left = a.at(first_row + part.begin, k);
+      const T* start = init + part.begin * init_stride;
+      T* target = c + part.begin * c_stride;
+      if (rows == 1)
+        short_tile<T, 1>(left, weights, step, start, init_stride, target, c_stride);
+      else if (rows == 2 && short_rows >= 2)
+        short_tile<T, 2>(left, weights, step, start, init_stride, target, c_stride);
+      else if (rows == 3 && short_rows >= 3)
+        short_tile<T, 3>(left, weights, step, start, init_stride, target, c_stride);
+      else
+        run_tile<T, Walk::rows>(part.count(), left, weights, step, start, init_stride, target, c_stride);
     }
     init = c;
     init_stride = c_stride;
