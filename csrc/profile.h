@@ -34,6 +34,7 @@ struct fastseq_profile_thread {
   int64_t ticks[FASTSEQ_PHASE_COUNT];
   int64_t counts[FASTSEQ_PHASE_COUNT];  // how often each was entered
   int64_t slice_count;
+  int64_t slice_capacity;  // of the session that the call began in: another may follow before it ends
   int64_t slices_dropped;
   struct fastseq_profile_slice* slices;  // [slice_count]
 };

@@ -165,6 +165,43 @@ def test_backward_called_from_another_thread() -> None:
     assert backward.thread_id != forward.thread_id
 
 
+_SESSIONS = """
+import threading, time, torch, fastseq
+from fastseq import _cpu, _config
+_config.extension()
+layer, x, done = fastseq.nn.LSTM(64, 64), torch.randn(200, 8, 64), threading.Event()
+
+def work():
+    with torch.no_grad():
+        while not done.is_set():
+            layer(x)
+
+worker = threading.Thread(target=work)
+worker.start()
+for _ in range(100):
+    for limit in (1, 2000):
+        _cpu.profile_start(1000, limit)
+        time.sleep(0.001)
+        for call in _cpu.profile_stop()["calls"]:
+            for thread in call["threads"]:
+                assert len(thread["slices"]) <= 3 * limit
+                assert sum(thread["ticks"].values()) == thread["end"] - thread["begin"]
+done.set()
+worker.join()
+"""
+
+
+def test_a_call_outlives_the_profile_it_began_in() -> None:
+    """What it may write is what its own profile gave it, not the next one's limit.
+
+    In a process of its own: writing past the end would bring this one down.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _SESSIONS], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_results_do_not_change(layer: torch.nn.Module, threads: int) -> None:
     x = torch.randn(6, 4, 7)
     with torch.no_grad():

@@ -73,7 +73,7 @@ void enter(fastseq_profile_thread* thread, int64_t phase, int64_t now) {
   ++thread->counts[phase];
   int64_t count = thread->slice_count;
   // A thread's last slices are left out, not the first: what is kept has no holes.
-  if (thread->slices_dropped || !thread->slices || count == session.max_slices) {
+  if (thread->slices_dropped || count == thread->slice_capacity) {
     ++thread->slices_dropped;
     return;
   }
@@ -165,8 +165,9 @@ void* fastseq_profile_region(int threads) {
   call->records = records;
   for (int i = call->threads; i < threads; ++i) {
     memset(&records[i], 0, sizeof(records[i]));
-    if (session.slices < most_slices && session.max_slices > 0)
-      records[i].slices = (fastseq_profile_slice*)malloc((size_t)session.max_slices * sizeof(fastseq_profile_slice));
+    int64_t capacity = session.slices < most_slices ? session.max_slices : 0;
+    if (capacity > 0) records[i].slices = (fastseq_profile_slice*)malloc((size_t)capacity * sizeof(fastseq_profile_slice));
+    records[i].slice_capacity = records[i].slices ? capacity : 0;
   }
   call->threads = threads;
   return call;
