@@ -25,8 +25,6 @@ namespace {
 template <class T>
 inline constexpr bool has_split_products = FS_MATRIX_UNIT && sizeof(T) == 4;
 
-#if FS_MATRIX_UNIT
-
 inline constexpr int64_t split_depth = 32;                                            // k of a block
 inline constexpr int64_t split_rows = 16;                                             // rows of a tile
 inline constexpr int64_t split_parts = 3;                                             // high, middle, low
@@ -34,7 +32,6 @@ inline constexpr int64_t tile_elements = split_rows * split_depth;              
 inline constexpr int64_t left_block_elements = split_parts * tile_elements;           // of one row tile and k block
 inline constexpr int64_t right_block_elements = 2 * left_block_elements;              // of one panel and k block
 inline constexpr int64_t split_panel_width = panel_width<float>;                      // 32 columns
-static_assert(split_panel_width == 32, "a panel is two tiles wide");
 
 FS_INLINE int64_t split_blocks(int64_t depth) { return (depth + split_depth - 1) / split_depth; }
 FS_INLINE int64_t row_tiles(int64_t rows) { return (rows + split_rows - 1) / split_rows; }
@@ -65,6 +62,14 @@ struct SplitPanels {
   }
 };
 
+FS_INLINE uint16_t* split_place(SplitRows matrix, int64_t row, int64_t k) {
+  return matrix.at(row / split_rows, k / split_depth) + row % split_rows * split_depth + k % split_depth;
+}
+
+#if FS_MATRIX_UNIT
+
+static_assert(split_panel_width == 32, "a panel is two tiles wide");
+
 // Sets the unit up for tiles of 16 rows of 64 bytes while it lives.
 class TileMode {
   struct alignas(64) Configuration {
@@ -74,13 +79,18 @@ class TileMode {
   };
 
  public:
-  TileMode() {
+  explicit TileMode(bool wanted = true) : on_(wanted) {
     Configuration configuration;
-    _tile_loadconfig(&configuration);
+    if (on_) _tile_loadconfig(&configuration);
   }
-  ~TileMode() { _tile_release(); }
+  ~TileMode() {
+    if (on_) _tile_release();
+  }
   TileMode(const TileMode&) = delete;
   TileMode& operator=(const TileMode&) = delete;
+
+ private:
+  bool on_;
 };
 
 // --- Splitting
@@ -430,6 +440,12 @@ FS_INLINE int64_t split_chunk_rows(int64_t k_blocks) {
   int64_t rows = (1152 << 10) / maximum(1, k_blocks * split_depth * split_parts * 2) / 32 * 32;
   return maximum(64, minimum(rows, 512));
 }
+
+#else
+
+struct TileMode {
+  explicit TileMode(bool) {}
+};
 
 #endif  // FS_MATRIX_UNIT
 
