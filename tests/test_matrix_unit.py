@@ -1,6 +1,7 @@
 """Tier amx: float32 products as sums of bfloat16 products, on the sizes that go that way.
 
-That those sizes are no less exact than others is held by the tests that run on every tier; here is what is particular to splitting.
+That those sizes are no less exact than others is held by the tests that run on every tier; here is
+what is particular to splitting.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CELLS: list[Any] = [fast_nn.LSTM, fast_nn.GRU, fast_nn.RNN]
 
 
 def linear_results(rows: int, inputs: int, outputs: int, **planted: float) -> dict[str, Tensor]:
-    """Output and gradients in float64 and on both tiers; ``planted`` goes into the middle of x or weight."""
+    """Output and gradients in float64 and on both tiers; ``planted`` goes into x or weight."""
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, inputs, generator=generator)
     weight = torch.randn(outputs, inputs, generator=generator)
@@ -75,7 +76,7 @@ def test_linear_passes_nan_and_infinity(
 
 @pytest.mark.parametrize("value", [3.4e38, -3.4028e38, 1e-30, 1e-36])
 def test_linear_keeps_huge_and_small_values(value: float) -> None:
-    # Rounded to bfloat16 the first two would be infinite. The last ones are smaller than what their sums hold.
+    # Rounded to bfloat16 the first two would be infinite; the last ones vanish in their sums.
     results = linear_results(40, 48, 64, x=value)
     expected = results["output float64"]
     fits = expected.abs() < 3.4e38

@@ -9,7 +9,7 @@
 // What the split cannot hold:
 //   Inf, NaN        Inf * 0 of a lower part is NaN. A tile in which a NaN appears is computed once more from the whole values, so
 //                   that results are what they would be without the split.
-//   tiny numbers    the unit reads what is below 2^-126 as zero, lower parts too: a value below 2^-110 loses digits at its end.
+//   tiny numbers    the unit reads what is below 2^-126 as zero, lower parts too: a value below 2^-103 loses digits at its end.
 //
 // Layouts, in tiles of 16 rows of 64 bytes:
 //   left factor   [row tile of 16 rows][k block of 32][part][16 rows][32 k]
