@@ -132,7 +132,7 @@ def forward_kernel(plan: Plan, item_bytes: int, save: bool) -> Any:
                 row = integer_at(a[STARTS], t) + first * a[STRIDE]
                 record = a[d + RECORDS] + row * record_size * item_bytes
                 record_stride = splits * a[STRIDE] * record_size
-                if hidden_only < slots:
+                if hidden_only < slots and a[d + HIDDEN_BIAS]:
                     for i in range(rows):
                         to = record + (i * record_stride + hidden_only * units) * item_bytes
                         copy(item_bytes, to, a[d + HIDDEN_BIAS], (slots - hidden_only) * units)

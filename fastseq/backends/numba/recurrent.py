@@ -342,11 +342,14 @@ def _forward(
     arguments.masks(_padded_masks(masks, units, input))
     for direction in range(directions):
         w = _direction_weights(plan, weights, has_biases, direction)
-        _input_product(plan, call, w, records[direction])
+        if call.steps > 1:
+            _input_product(plan, call, w, records[direction])
+        else:
+            _both_products(plan, call, w, carried[direction], records[direction])
         arguments.of_direction(direction, at.RECORDS, records[direction])
         arguments.of_direction(direction, at.STATES, carried[direction])
         arguments.of_direction(direction, at.PARAMETERS, _columns(w.parameters, units, input))
-        if w.hidden is None:
+        if w.hidden is None or call.steps == 1:
             continue
         alone = len(plan.slots) - plan.hidden_only
         bias = input.new_zeros((alone, units))
@@ -400,6 +403,40 @@ def _input_product(plan: Plan, call: _Call, w: _Weights, records: Tensor) -> Non
         bias = bias.clone()
         bias[plan.hidden_first * units :] += sums
     torch.addmm(bias, call.rows, matrix.t(), out=slots)
+
+
+def _both_products(
+    plan: Plan, call: _Call, w: _Weights, states: Tensor, records: Tensor
+) -> None:
+    """All slots of a single step, from weights as they lie: packing them would take longer."""
+    units, hidden = call.units, call.hidden
+    from_input = from_hidden = None
+    if w.input is not None:
+        from_input = torch.nn.functional.linear(call.rows, w.input, w.input_bias)
+    if w.hidden is not None:
+        state = states[: call.rows.size(0), plan.recurrent_state, :hidden]
+        from_hidden = torch.nn.functional.linear(state, w.hidden, w.hidden_bias)
+    slots = records.view(call.rows.size(0), -1, units)
+    if units != hidden:
+        slots[:, : len(plan.slots)] = 0
+    input_blocks, hidden_blocks = sorted(plan.input_gates), sorted(plan.hidden_gates)
+    ordered = list(plan.input_gates) == input_blocks and units == hidden
+    if ordered and plan.input_gates == plan.hidden_gates:
+        torch.add(from_input, from_hidden, out=records[:, : len(plan.slots) * units])
+        return
+    for index, slot in enumerate(plan.slots):
+        parts = []
+        if from_input is not None and slot.kind != "h":
+            first = input_blocks.index(slot.gate) * hidden
+            parts.append(from_input[:, first : first + hidden])
+        if from_hidden is not None and slot.kind != "x":
+            first = hidden_blocks.index(slot.gate) * hidden
+            parts.append(from_hidden[:, first : first + hidden])
+        to = slots[:, index, :hidden]
+        if len(parts) == 2:
+            torch.add(parts[0], parts[1], out=to)
+        else:
+            to.copy_(parts[0])
 
 
 def backward(
