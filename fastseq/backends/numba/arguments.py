@@ -18,7 +18,9 @@ OUTPUT = 14
 GRAD_OUTPUT = 15  # laid out as the output; 0 where no gradient arrives
 FEW = 16  # 1: sum up for few rows, see product.py
 COLUMNS = 17  # columns of a record
-COMMON = 18
+SAVE = 18  # 1: forward keeps entries for backward
+PRODUCT = 19  # address of the compiled product
+COMMON = 20
 
 # From DIRECTION_FIRST + direction * DIRECTION_SIZE on:
 DIRECTION_FIRST = COMMON

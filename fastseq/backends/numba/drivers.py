@@ -11,13 +11,9 @@ Nothing in here is specific to a cell but its key, by which Numba files the comp
 from __future__ import annotations
 
 import functools
-import hashlib
-import logging
-from pathlib import Path
 from typing import Any
 
-from numba import cfunc, types
-from numba.core import event
+from numba import types
 
 from fastseq.backends.numba.arguments import (
     ALIVE,
@@ -38,7 +34,9 @@ from fastseq.backends.numba.arguments import (
     OUTPUT_STRIDE,
     OUTPUT_WIDTH,
     PARAMETERS,
+    PRODUCT,
     RECORDS,
+    SAVE,
     STARTS,
     STATE_GRADIENTS,
     STATES,
@@ -47,6 +45,7 @@ from fastseq.backends.numba.arguments import (
     UNITS,
     WEIGHTS,
 )
+from fastseq.backends.numba.compile import compiled, sources_digest
 from fastseq.backends.numba.intrinsics import (
     PLANS,
     add_to,
@@ -56,56 +55,22 @@ from fastseq.backends.numba.intrinsics import (
     fill_zero,
     integer_at,
     part_number,
+    product,
 )
-from fastseq.backends.numba.product import product_4, product_8
 from fastseq.backends.numba.vectors import lanes
 from fastseq.cells.plan import Plan
 
 __all__ = ["backward_kernel", "forward_kernel"]
 
 _SIGNATURE = types.void(types.CPointer(types.int64))
-_log = logging.getLogger("fastseq")
 
 
 @functools.cache
-def _sources() -> str:
-    """Changes with the code that writes instructions: Numba itself watches this file only."""
-    digest = hashlib.sha256()
-    folder = Path(__file__).parent
-    for name in ("arguments", "intrinsics", "product", "vectors"):
-        digest.update((folder / f"{name}.py").read_bytes())
-    return digest.hexdigest()[:8]
-
-
-class _Announcement(event.Listener):
-    """Says once that something is being compiled, as the first pass of a compilation begins."""
-
-    said = False
-
-    def on_start(self, event: Any) -> None:
-        if not _Announcement.said:
-            _Announcement.said = True
-            _log.warning(
-                "fastseq: compiling a kernel with Numba on its first use; this takes some seconds "
-                "per cell and dtype, and is kept on disk for the next run"
-            )
-
-    def on_end(self, event: Any) -> None:
-        pass
-
-
-def _compiled(function: Any) -> Any:
-    with event.install_listener("numba:run_pass", _Announcement()):
-        return cfunc(_SIGNATURE, nopython=True, cache=True, error_model="numpy")(function)
-
-
-@functools.cache
-def forward_kernel(plan: Plan, item_bytes: int, save: bool) -> Any:
-    """The forward driver of a cell; with ``save`` it keeps what backward needs."""
+def forward_kernel(plan: Plan, item_bytes: int) -> Any:
+    """The forward driver of a cell."""
     PLANS[plan.key] = plan
-    sources = _sources()  # part of the closure, and so of what Numba's cache goes by
+    sources = sources_digest()  # part of the closure, and so of what Numba's cache goes by
     key = plan.key
-    keep = int(save)
     states = plan.states
     recurrent_state = plan.recurrent_state
     hidden_first = plan.hidden_first
@@ -140,40 +105,41 @@ def forward_kernel(plan: Plan, item_bytes: int, save: bool) -> Any:
                     left = states_first + recurrent_state * units * item_bytes
                     to = record + hidden_first * units * item_bytes
                     stride = splits * states * units
-                    if item_bytes == 4:
-                        product_4(
-                            left, stride, rows, a[d + WEIGHTS], hidden, panels, to, record_stride, a[FEW]
-                        )
-                    else:
-                        product_8(
-                            left, stride, rows, a[d + WEIGHTS], hidden, panels, to, record_stride, a[FEW]
-                        )
+                    product(
+                        a[PRODUCT],
+                        left,
+                        stride,
+                        rows,
+                        a[d + WEIGHTS],
+                        hidden,
+                        panels,
+                        to,
+                        record_stride,
+                        a[FEW],
+                    )
                 mask = a[d + MASKS] + (t * a[d + MASK_STEP] + first * a[d + MASK_SEQUENCE]) * item_bytes
                 out = integer_at(a[OUTPUT_STARTS], t) + first * a[OUTPUT_STRIDE]
                 output = a[OUTPUT] + (out * a[OUTPUT_WIDTH] + direction * hidden) * item_bytes
                 for i in range(rows):
                     state = states_first + i * splits * states * units * item_bytes
-                    cell_forward(
-                        key,
-                        item_bytes,
-                        keep,
-                        units,
-                        record + i * record_stride * item_bytes,
-                        state,
-                        a[d + PARAMETERS],
-                        mask + i * splits * a[d + MASK_SEQUENCE] * item_bytes,
-                    )
+                    slot = record + i * record_stride * item_bytes
+                    factors = mask + i * splits * a[d + MASK_SEQUENCE] * item_bytes
+                    learned = a[d + PARAMETERS]
+                    if a[SAVE]:
+                        cell_forward(key, item_bytes, 1, units, slot, state, learned, factors)
+                    else:
+                        cell_forward(key, item_bytes, 0, units, slot, state, learned, factors)
                     to = output + i * splits * a[OUTPUT_STRIDE] * a[OUTPUT_WIDTH] * item_bytes
                     copy(item_bytes, to, state, hidden)
 
-    return _compiled(forward)
+    return compiled(_SIGNATURE, forward)
 
 
 @functools.cache
 def backward_kernel(plan: Plan, item_bytes: int) -> Any:
     """The way back through time: gradients of slots, learned values and initial states."""
     PLANS[plan.key] = plan
-    sources = _sources()
+    sources = sources_digest()
     key = plan.key
     states = plan.states
     recurrent_state = plan.recurrent_state
@@ -233,13 +199,17 @@ def backward_kernel(plan: Plan, item_bytes: int) -> Any:
                     for slot in range(hidden_first, slots):
                         left = gradient + slot * units * item_bytes
                         weights = a[d + WEIGHTS] + (slot - hidden_first) * hidden * units * item_bytes
-                        if item_bytes == 4:
-                            product_4(
-                                left, gradient_stride, rows, weights, hidden, panels, to, stride, a[FEW]
-                            )
-                        else:
-                            product_8(
-                                left, gradient_stride, rows, weights, hidden, panels, to, stride, a[FEW]
-                            )
+                        product(
+                            a[PRODUCT],
+                            left,
+                            gradient_stride,
+                            rows,
+                            weights,
+                            hidden,
+                            panels,
+                            to,
+                            stride,
+                            a[FEW],
+                        )
 
-    return _compiled(backward)
+    return compiled(_SIGNATURE, backward)

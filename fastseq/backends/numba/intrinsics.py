@@ -20,6 +20,8 @@ from fastseq.cells.plan import Plan
 
 __all__ = [
     "PLANS",
+    "PRODUCT_ARGUMENTS",
+    "TERMS",
     "add_to",
     "cell_backward",
     "cell_forward",
@@ -27,6 +29,7 @@ __all__ = [
     "fill_zero",
     "integer_at",
     "part_number",
+    "product",
     "tile",
 ]
 
@@ -35,7 +38,12 @@ PLANS: dict[str, Plan] = {}
 
 _INT64 = ir.IntType(64)
 # Terms that are summed up in registers before they are added to memory: short sums err less.
-_TERMS = 256
+TERMS = 256
+
+
+# What kernels.product takes: left, left_stride, rows, weights, terms, panels, result,
+# result_stride, few.
+PRODUCT_ARGUMENTS = 9
 
 
 def _number(value: int) -> ir.Constant:
@@ -68,6 +76,33 @@ def integer_at(typingctx: Any, address: Any, index: Any) -> Any:
         return builder.load(builder.gep(pointer, [args[1]]))
 
     return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def product(
+    typingctx: Any,
+    function: Any,
+    left: Any,
+    left_stride: Any,
+    rows: Any,
+    weights: Any,
+    terms: Any,
+    panels: Any,
+    result: Any,
+    result_stride: Any,
+    few: Any,
+) -> Any:
+    """Call the compiled product at that address, see ``product.py``.
+
+    By address, because its many tiles would otherwise be compiled into every driver again.
+    """
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_INT64] * PRODUCT_ARGUMENTS)
+        builder.call(builder.inttoptr(args[0], ir.PointerType(kind)), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * (1 + PRODUCT_ARGUMENTS)), generate
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]

@@ -7,27 +7,31 @@ in: how rows are spread over threads changes no bit.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from numba import njit
+from numba import types
 
-from fastseq.backends.numba.intrinsics import _TERMS, tile
+from fastseq.backends.numba.compile import compiled, sources_digest
+from fastseq.backends.numba.intrinsics import PRODUCT_ARGUMENTS, TERMS, tile
 from fastseq.backends.numba.vectors import lanes, tile_rows
 
-__all__ = ["FEW_ROWS", "product_4", "product_8"]
+__all__ = ["FEW_ROWS", "product_kernel"]
 
 # Up to so many sequences each element is summed up in four parts: two sums would wait for each
 # other's additions.
 FEW_ROWS = 2
 
 
-def _make_product(item_bytes: int) -> Any:
+@functools.cache
+def product_kernel(item_bytes: int) -> Any:
+    """The product for floats of so many bytes."""
+    sources = sources_digest()
     columns = 2 * lanes(item_bytes)
     most_rows = tile_rows()
-    most_terms = _TERMS
+    most_terms = TERMS
     tall = most_rows > 6
 
-    @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def product(
         left: int,  # [rows, terms], address
         left_stride: int,
@@ -40,6 +44,7 @@ def _make_product(item_bytes: int) -> Any:
         few: int,
     ) -> None:
         """``result += left @ weights``; strides in elements."""
+        sources  # noqa: B018
         tiles = (rows + most_rows - 1) // most_rows
         for panel in range(panels):
             for start in range(0, terms, most_terms):
@@ -84,8 +89,4 @@ def _make_product(item_bytes: int) -> Any:
                         elif height == 12:
                             tile(item_bytes, 12, 1, b, left_stride, block, count, c, result_stride)
 
-    return product
-
-
-product_4 = _make_product(4)
-product_8 = _make_product(8)
+    return compiled(types.void(*[types.int64] * PRODUCT_ARGUMENTS), product)

@@ -24,7 +24,7 @@ from fastseq.backends.numba.layout import (
     ragged,
     rows_of_output,
 )
-from fastseq.backends.numba.product import FEW_ROWS
+from fastseq.backends.numba.product import FEW_ROWS, product_kernel
 from fastseq.backends.numba.vectors import lanes
 from fastseq.cells.plan import Plan
 
@@ -203,6 +203,7 @@ class _Arguments:
         values[at.OUTPUT_WIDTH] = call.directions * call.hidden
         values[at.FEW] = int(call.batch <= FEW_ROWS)
         values[at.COLUMNS] = plan.columns
+        values[at.PRODUCT] = product_kernel(call.rows.element_size()).address
         self.address(at.ALIVE, call.alive)
         self.address(at.STARTS, call.order.starts)
         self.address(at.OUTPUT_STARTS, call.output_order.starts)
@@ -359,7 +360,8 @@ def _forward(
         arguments.of_direction(direction, at.HIDDEN_BIAS, bias)
         packed = _packed_weights(plan, w.hidden, units)
         arguments.of_direction(direction, at.WEIGHTS, packed)
-    arguments.run(drivers.forward_kernel(plan, input.element_size(), save))
+    arguments.values[at.SAVE] = int(save)
+    arguments.run(drivers.forward_kernel(plan, input.element_size()))
     kept = plan.states - (plan.recurrent_state > 0)
     # Not views of one tensor: an op's results must not share memory.
     final = [carried[:, :, index, :hidden].contiguous() for index in range(kept)]
