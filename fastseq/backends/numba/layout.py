@@ -52,7 +52,7 @@ def as_rows(input: Tensor, batch_first: bool) -> tuple[Tensor, Rows]:
     elif dense and (outer * first == inner or second == 1):
         rows, time_inner = input.as_strided((first * second, features), (outer, 1)), not batch_first
     else:
-        rows, time_inner = input.reshape(first * second, features), batch_first
+        rows, time_inner = input.reshape(first * second, features).contiguous(), batch_first
     batch = first if batch_first else second
     return rows, _rectangle(steps, batch, time_inner)
 
