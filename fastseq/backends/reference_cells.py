@@ -153,8 +153,7 @@ def cell_layer(
             if inside is not None:
                 found[t] = torch.where(inside[t], after[0], 0.0)
                 after = [
-                    torch.where(inside[t], new, old)
-                    for new, old in zip(after, before, strict=True)
+                    torch.where(inside[t], new, old) for new, old in zip(after, before, strict=True)
                 ]
             if count < batch:
                 after = [

@@ -144,7 +144,9 @@ def cell_layers(
         finals.append(final)
         if training and dropout > 0 and layer + 1 < num_layers:
             output = _dropout(output, dropout, True)
-    result = [torch.cat(parts) if num_layers > 1 else parts[0] for parts in zip(*finals, strict=True)]
+    result = [
+        torch.cat(parts) if num_layers > 1 else parts[0] for parts in zip(*finals, strict=True)
+    ]
     if unbatched:
         return output.squeeze(1), tuple(state.squeeze(1) for state in result)
     return output, tuple(result)

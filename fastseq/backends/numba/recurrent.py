@@ -55,7 +55,7 @@ class _Call(NamedTuple):
     rows: Tensor  # the input, [rows, I]
     order: Rows
     output_order: Rows
-    alive: Tensor
+    alive: Tensor | None
 
 
 def padded_units(hidden_size: int, item_bytes: int) -> int:
@@ -97,9 +97,8 @@ def _describe(
     first, second, _ = input.shape
     steps, batch = (second, first) if batch_first else (first, second)
     rows, order = as_rows(input, batch_first)
-    alive = torch.full((steps,), batch)
     output_order = rows_of_output(steps, batch, batch_first)
-    return _Call(steps, batch, hidden, units, directions, rows, order, output_order, alive)
+    return _Call(steps, batch, hidden, units, directions, rows, order, output_order, None)
 
 
 def _slot_order(gates: Sequence[int]) -> list[int]:
@@ -151,16 +150,14 @@ def _packed_transpose(plan: Plan, w_hh: Tensor, units: int) -> Tensor:
 
 def _columns(tensors: Sequence[Tensor], units: int, like: Tensor) -> Tensor:
     """Vectors ``(H)`` as rows ``(count, units)``, padded with zeros."""
-    result = like.new_zeros((max(len(tensors), 1), units))
-    for row, tensor in zip(result, tensors, strict=False):
+    result = like.new_zeros((len(tensors), units))
+    for row, tensor in zip(result, tensors, strict=True):
         row[: tensor.size(0)] = tensor
     return result
 
 
-def _padded_masks(masks: Tensor | None, units: int, like: Tensor) -> Tensor:
+def _padded_masks(masks: Tensor, units: int) -> Tensor:
     """Masks ``(D, T or 1, B or 1, masks, H)`` with columns of ``units``."""
-    if masks is None:
-        return like.new_empty((2, 1, 1, 1, 0))
     if masks.size(-1) == units:
         return masks.contiguous()
     return torch.nn.functional.pad(masks, (0, units - masks.size(-1)))
@@ -181,9 +178,12 @@ class _Arguments:
         values[at.FEW] = int(call.batch <= FEW_ROWS)
         values[at.COLUMNS] = plan.columns
         values[at.PRODUCT] = product_kernel(call.rows.element_size()).address
-        self.address(at.ALIVE, call.alive)
-        self.address(at.STARTS, call.order.starts)
-        self.address(at.OUTPUT_STARTS, call.output_order.starts)
+        values[at.STEP], values[at.OUTPUT_STEP] = call.order.step, call.output_order.step
+        if call.alive is not None:
+            assert call.order.starts is not None
+            self.address(at.ALIVE, call.alive)
+            self.address(at.STARTS, call.order.starts)
+            self.address(at.OUTPUT_STARTS, call.order.starts)
         self.directions = call.directions
         self.threads = max(1, min(torch.get_num_threads(), call.batch * call.directions))
 
@@ -318,7 +318,8 @@ def _forward(
     arguments = _Arguments(plan, call)
     arguments.values[at.COLUMNS] = columns
     arguments.address(at.OUTPUT, output)
-    arguments.masks(_padded_masks(masks, units, input))
+    if masks is not None:
+        arguments.masks(_padded_masks(masks, units))
     for direction in range(directions):
         w = direction_weights(plan, weights, has_biases, direction)
         if call.steps > 1:
@@ -327,7 +328,9 @@ def _forward(
             _both_products(plan, call, w, carried[direction], records[direction])
         arguments.of_direction(direction, at.RECORDS, records[direction])
         arguments.of_direction(direction, at.STATES, carried[direction])
-        arguments.of_direction(direction, at.PARAMETERS, _columns(w.parameters, units, input))
+        if w.parameters:
+            columns_of = _columns(w.parameters, units, input)
+            arguments.of_direction(direction, at.PARAMETERS, columns_of)
         if w.hidden is None or call.steps == 1:
             continue
         alone = len(plan.slots) - plan.hidden_only
@@ -342,7 +345,7 @@ def _forward(
     arguments.run(drivers.forward_kernel(plan, input.element_size()))
     kept = plan.states - (plan.recurrent_state > 0)
     # Not views of one tensor: an op's results must not share memory.
-    final = [carried[:, :, index, :hidden].contiguous() for index in range(kept)]
+    final = [carried[:, :, index, :hidden].clone() for index in range(kept)]
     return output, final, reserve if save else None
 
 
@@ -385,7 +388,9 @@ def _input_product(plan: Plan, call: _Call, w: CellWeights, records: Tensor) -> 
     torch.addmm(bias, call.rows, matrix.t(), out=slots)
 
 
-def _both_products(plan: Plan, call: _Call, w: CellWeights, states: Tensor, records: Tensor) -> None:
+def _both_products(
+    plan: Plan, call: _Call, w: CellWeights, states: Tensor, records: Tensor
+) -> None:
     """All slots of a single step, from weights as they lie: packing them would take longer."""
     units, hidden = call.units, call.hidden
     from_input = from_hidden = None
@@ -500,7 +505,8 @@ def _backward(
     arguments = _Arguments(plan, call)
     if grad_output is not None:
         arguments.address(at.GRAD_OUTPUT, grad_output.contiguous())
-    arguments.masks(_padded_masks(masks, units, input))
+    if masks is not None:
+        arguments.masks(_padded_masks(masks, units))
     by_direction = [
         direction_weights(plan, weights, has_biases, direction) for direction in range(directions)
     ]
@@ -508,7 +514,9 @@ def _backward(
         arguments.of_direction(direction, at.RECORDS, records[direction])
         arguments.of_direction(direction, at.GRADIENTS, gradients[direction])
         arguments.of_direction(direction, at.STATE_GRADIENTS, carried[direction])
-        arguments.of_direction(direction, at.PARAMETERS, _columns(w.parameters, units, input))
+        if w.parameters:
+            columns_of = _columns(w.parameters, units, input)
+            arguments.of_direction(direction, at.PARAMETERS, columns_of)
         if w.hidden is not None:
             packed = _packed_transpose(plan, w.hidden.contiguous(), units)
             arguments.of_direction(direction, at.WEIGHTS, packed)

@@ -34,7 +34,7 @@ def _loaded(name: str) -> ctypes.CDLL | None:
 
 @functools.cache
 def openmp_library() -> ctypes.CDLL | None:
-    """torch's OpenMP library if it has GNU's entry points, else ``None``."""
+    """Torch's OpenMP library if it has GNU's entry points, else ``None``."""
     if sys.platform != "linux":
         return None
     folder = Path(torch.__file__).parent
