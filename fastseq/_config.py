@@ -3,8 +3,8 @@
 Environment, read when the kernels are first needed:
 
 ``FASTSEQ_BACKEND``
-    ``cpu`` (the compiled kernels, the default), ``numba`` (kernels that Numba compiles on first use;
-    ``pip install fastseq[numba]``) or ``reference`` (plain torch operators).
+    ``cpu`` (the compiled kernels, the default), ``numba`` (kernels that Numba compiles on first
+    use; ``pip install fastseq[numba]``) or ``reference`` (plain torch operators).
 ``FASTSEQ_ISA``
     a tier of :func:`capabilities` ``["isa_built"]``, e.g. ``avx2``. Default: the best usable one.
 ``FASTSEQ_LINEAR``

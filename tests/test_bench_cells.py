@@ -1,4 +1,4 @@
-"""Cases of the shipped cells: registered, right before they are timed, their work as torch counts it."""
+"""Cases of the shipped cells: right before they are timed, their work as torch counts it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_every_shipped_cell_has_cases() -> None:
 
 
 def test_unknown_cell() -> None:
-    with pytest.raises(ValueError, match="cell must be one of .* got 'lstm'"):
+    with pytest.raises(ValueError, match=r"cell must be one of .* got 'lstm'"):
         make_cell_case("lstm", "training", T=1, B=1, H=1)
 
 

@@ -70,7 +70,7 @@ DEEP = [
 
 @pytest.mark.parametrize("case", [*covering_cases(), *DEEP], ids=str)
 def test_against_float64_torch(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs and every gradient, and the same bits for one and two threads and without gradients."""
+    """Outputs and every gradient; without gradients the same bits."""
     composite = []
     monkeypatch.setattr(reference, "rnn_layer", lambda *_: composite.append(case))
     truth, bounds = expected(case)

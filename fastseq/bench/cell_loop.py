@@ -18,7 +18,7 @@ class _Parameters(SimpleNamespace):
     """Learned values by name and by index, as a cell's function takes them."""
 
     def __getitem__(self, index: int) -> Tensor:
-        return list(vars(self).values())[index]  # type: ignore[no-any-return]
+        return list(vars(self).values())[index]
 
 
 class CellLoop(CellLayer):

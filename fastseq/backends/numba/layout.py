@@ -35,12 +35,12 @@ class Ragged(NamedTuple):
     Attributes:
         order: int64 ``(B,)``, sequences from the longest to the shortest.
         batch_sizes: int64 ``(T,)``, how many take part in each step.
-        index: int64 ``(rows,)``, which row of the flattened padded batch each packed one is.
+        places: int64 ``(rows,)``, which row of the flattened padded batch each packed one is.
     """
 
     order: Tensor
     batch_sizes: Tensor
-    index: Tensor
+    places: Tensor
 
 
 def as_rows(input: Tensor, batch_first: bool) -> tuple[Tensor, Rows]:

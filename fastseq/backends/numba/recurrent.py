@@ -273,12 +273,12 @@ def forward(
 
 
 def _gathered(padded: Tensor, how: Ragged) -> Tensor:
-    return padded.reshape(-1, padded.size(-1)).index_select(0, how.index)
+    return padded.reshape(-1, padded.size(-1)).index_select(0, how.places)
 
 
 def _scattered(packed: Tensor, how: Ragged, shape: Sequence[int]) -> Tensor:
     padded = packed.new_zeros(tuple(shape))
-    padded.view(-1, shape[-1]).index_copy_(0, how.index, packed)
+    padded.view(-1, shape[-1]).index_copy_(0, how.places, packed)
     return padded
 
 
@@ -404,7 +404,10 @@ def _both_products(
         slots[:, : len(plan.slots)] = 0
     input_blocks, hidden_blocks = sorted(plan.input_gates), sorted(plan.hidden_gates)
     ordered = list(plan.input_gates) == input_blocks and units == hidden
-    if ordered and plan.input_gates == plan.hidden_gates:
+    sums = from_input is not None and from_hidden is not None
+    if sums and ordered and plan.input_gates == plan.hidden_gates:
+        assert from_input is not None
+        assert from_hidden is not None
         torch.add(from_input, from_hidden, out=records[:, : len(plan.slots) * units])
         return
     for index, slot in enumerate(plan.slots):
