@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastseq
 import fastseq.nn as fast_nn
@@ -313,6 +314,20 @@ def test_compile(options: dict[str, Any]) -> None:
         found = run(compiled, x, None, wanted, **more)
         torch.testing.assert_close(found, run(layer, x, None, wanted, **more), **EXACT)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["minimal_gated_unit", "ind_rnn"])
+def test_flop_counter(name: str) -> None:
+    """Products forward; backward as many again for the data, and for the weights."""
+    layer = fast_nn.CellLayer(SHIPPED[name], IN, H, bidirectional=True)
+    x = torch.randn(T, B, IN, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        output = layer(x)[0]
+        forward = counter.get_total_flops()
+        output.sum().backward()
+    rows = 4 * H * IN + (4 * H * H if layer.cell.recurrent else -2 * H * IN)
+    assert forward == 2 * T * B * rows
+    assert counter.get_total_flops() == 3 * forward
 
 
 def test_transforms_take_the_composite() -> None:

@@ -18,7 +18,7 @@ pytest.importorskip("numba", reason="Numba is not installed: pip install 'fastse
 
 from fastseq.backends import reference
 from fastseq.backends.numba import layout, recurrent, threads, vectors
-from fastseq.backends.numba.recurrent import padded_units
+from fastseq.backends.numba.weights import padded_units
 
 CHOICES: dict[str, Any] = {
     "dtype": ("float32", "float64"),

@@ -158,7 +158,7 @@ class Expression:
             f"Use the functions of fastseq.cells: {vocabulary_names()}.",
         )
 
-    __int__ = __index__ = __float__  # type: ignore[assignment]
+    __int__ = __index__ = __float__
 
     def __iter__(self) -> NoReturn:
         refuse(

@@ -169,7 +169,8 @@ def make_plan(
         entries[leaf("s", recurrent_state)] = None
     _collect_entries(found, set(topological(outputs)), entries)
     first, second = len(slots), len(slots) + len(states)
-    text = f"{serialise(outputs)}\n{serialise(found)}\n{slots} {masks} {recurrent_state}"
+    kept = serialise(list(entries))
+    text = f"{serialise(outputs)}\n{serialise(found)}\n{kept}\n{slots} {masks} {recurrent_state}"
     return Plan(
         key=hashlib.sha256(text.encode()).hexdigest()[:20],
         slots=tuple(slots),
