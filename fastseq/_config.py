@@ -39,7 +39,7 @@ __all__ = [
     "set_isa",
 ]
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "numba", "reference")
 LINEAR_PRODUCTS = ("auto", "fused", "torch")
 
 _extension: ModuleType | None = None
