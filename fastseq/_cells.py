@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["CELLS", "GATES", "RESERVE_LAYOUT"]
+__all__ = ["CELLS", "GATES", "NUMBA_RESERVE_LAYOUT", "RESERVE_LAYOUT"]
 
 # Goes up whenever the size of what forward keeps for backward changes: it is an argument of the op
 # because compilers keep graphs on disk with such sizes in them.
 RESERVE_LAYOUT = 1
+# The same for the backend "numba"; negative, so that the two can be told apart.
+NUMBA_RESERVE_LAYOUT = -1
 
 
 class CellSizes(NamedTuple):

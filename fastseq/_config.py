@@ -3,7 +3,8 @@
 Environment, read when the kernels are first needed:
 
 ``FASTSEQ_BACKEND``
-    ``cpu`` (the compiled kernels, the default) or ``reference`` (plain torch operators).
+    ``cpu`` (the compiled kernels, the default), ``numba`` (kernels that Numba compiles on first use;
+    ``pip install fastseq[numba]``) or ``reference`` (plain torch operators).
 ``FASTSEQ_ISA``
     a tier of :func:`capabilities` ``["isa_built"]``, e.g. ``avx2``. Default: the best usable one.
 ``FASTSEQ_LINEAR``
@@ -16,6 +17,7 @@ must never silently have come from other code than was asked for.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import sys
@@ -82,6 +84,10 @@ def _checked_backend(name: str, argument: str) -> str:
         raise ValueError(f"{argument} must be one of {list(BACKENDS)}, got {name!r}")
     if name == "cpu":
         extension()
+    if name == "numba" and importlib.util.find_spec("numba") is None:
+        raise ImportError(
+            f"{argument} is 'numba', but Numba is not installed: pip install 'fastseq[numba]'"
+        )
     return name
 
 
@@ -90,7 +96,8 @@ def backend(name: str) -> Iterator[None]:
     """Run the block with another backend: ``with fastseq.backend("reference"): ...``.
 
     Raises:
-        ValueError: ``name`` is not in ``("cpu", "reference")``.
+        ValueError: ``name`` is not in ``("cpu", "numba", "reference")``.
+        ImportError: what the backend needs is not installed.
     """
     global _backend
     checked = _checked_backend(name, "backend")

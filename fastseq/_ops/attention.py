@@ -63,6 +63,7 @@ library.define(
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
+_WITH_KERNELS = frozenset({"cpu", "numba"})
 _cpu_module: Any = None
 _numba_module: Any = None
 _is_compiling = torch.compiler.is_compiling
@@ -412,7 +413,7 @@ def attention(
     differentiable = (query, key, value, terms.bias, terms.sinks)
     plain_types = type(query) in PLAIN_TYPES
     if plain_types and not is_watched() and not has_lazy_negation(query, key, value):
-        if wants_composite():
+        if wants_composite(_WITH_KERNELS):
             return reference_attention.attention(query, key, value, terms, options, weights)
         if needs_gradient(differentiable):
             return _Attention.apply(
@@ -425,7 +426,7 @@ def attention(
     save = needs_gradient(differentiable)
     compiling = torch.compiler.is_compiling()
     # A compiler asks for the gradient of every output, and that of the weights is a composite.
-    if (compiling and save and weights) or (not compiling and wants_composite()):
+    if (compiling and save and weights) or (not compiling and wants_composite(_WITH_KERNELS)):
         return reference_attention.attention(query, key, value, terms, options, weights)
     output, lse, _, _, probabilities = torch.ops.fastseq.attention_forward(
         query, key, value, *terms, *options, save, weights

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, profiler
 
 from fastseq import _config
-from fastseq._cells import GATES, RESERVE_LAYOUT
+from fastseq._cells import GATES, NUMBA_RESERVE_LAYOUT, RESERVE_LAYOUT
 from fastseq._ops.shared import (
     PLAIN_TYPES,
     has_lazy_negation,
@@ -41,13 +41,16 @@ library.define(
     "rnn_backward(Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, "
     "Tensor input, Tensor? hx, Tensor? cx, "
     "Tensor[] weights, Tensor output, Tensor reserve, Tensor? batch_sizes, Tensor? lengths, "
-    "str cell, bool has_biases, int proj_size, bool bidirectional, bool batch_first, bool[] needs) "
+    "str cell, bool has_biases, int proj_size, bool bidirectional, bool batch_first, bool[] needs, "
+    "int reserve_layout) "
     "-> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
 
+_WITH_KERNELS = frozenset({"cpu", "numba"})
 _backend: Any = None
+_numba_backend: Any = None
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -63,6 +66,32 @@ def _cpu() -> Any:
 
         _backend = cpu
     return _backend
+
+
+def _numba() -> Any:
+    global _numba_backend
+    if _numba_backend is None:
+        from fastseq.backends.numba import layers
+
+        _numba_backend = layers
+    return _numba_backend
+
+
+def _chosen() -> tuple[Any, int]:
+    """The backend that the user chose, and the layout of what it keeps for backward."""
+    if _config.backend_name() == "numba":
+        return _numba(), NUMBA_RESERVE_LAYOUT
+    return _cpu(), RESERVE_LAYOUT
+
+
+def _of_layout(reserve_layout: int) -> Any:
+    """The backend that reads and writes this layout, whichever is chosen by now."""
+    return _numba() if reserve_layout < 0 else _cpu()
+
+
+def _lacks_kernels(proj_size: int) -> bool:
+    """Whether the chosen backend's kernels do not go so far: Numba's know no projection."""
+    return proj_size > 0 and _config.backend_name() == "numba"
 
 
 # --- kernels
@@ -85,7 +114,7 @@ def _rnn_forward(
     reserve_layout: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = (cell, has_biases, proj_size, bidirectional, batch_first)
-    output, hy, cy, reserve = _cpu().rnn_forward(
+    output, hy, cy, reserve = _of_layout(reserve_layout).rnn_forward(
         input, hx, cx, weights, *options, batch_sizes, lengths, save
     )
     return output, hy, or_empty(cy, input), or_empty(reserve, input)
@@ -110,10 +139,11 @@ def _rnn_backward(
     bidirectional: bool,
     batch_first: bool,
     needs: list[bool],
+    reserve_layout: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     options = (cell, has_biases, proj_size, bidirectional, batch_first)
     grads = (grad_output, grad_hy, grad_cy)
-    grad_input, grad_hx, grad_cx, grad_weights = _cpu().rnn_backward(
+    grad_input, grad_hx, grad_cx, grad_weights = _of_layout(reserve_layout).rnn_backward(
         *grads, input, hx, cx, weights, output, reserve, *options, batch_sizes, lengths, needs
     )
     return (
@@ -143,7 +173,6 @@ def _rnn_forward_fake(
     save: bool,
     reserve_layout: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    cpu = _cpu()
     directions = 2 if bidirectional else 1
     hidden = weights[0].shape[0] // GATES[cell]
     width = proj_size or hidden
@@ -159,7 +188,11 @@ def _rnn_forward_fake(
     output = input.new_empty((*input.shape[:-1], directions * width))
     hy = input.new_empty((directions, batch, width))
     cy = input.new_empty((directions, batch, hidden) if cell == "lstm" else 0)
-    elements = cpu.rnn_reserve_elements(cell, rows, hidden, proj_size, directions) if save else 0
+    elements = 0
+    if save:
+        elements = _of_layout(reserve_layout).rnn_reserve_elements(
+            cell, rows, hidden, proj_size, directions, input.dtype
+        )
     return output, hy, cy, input.new_empty(elements)
 
 
@@ -182,6 +215,7 @@ def _rnn_backward_fake(
     bidirectional: bool,
     batch_first: bool,
     needs: list[bool],
+    reserve_layout: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     def grad_of(tensor: Tensor | None, needed: bool) -> Tensor:
         return input.new_empty(tensor.shape if tensor is not None and needed else 0)
@@ -198,9 +232,10 @@ def _rnn_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, hx, cx, weights, batch_sizes, lengths, *options, _, _ = inputs
+    input, hx, cx, weights, batch_sizes, lengths, *options, _, reserve_layout = inputs
     ctx.save_for_backward(input, hx, cx, batch_sizes, lengths, output[0], output[3], *weights)
     ctx.options = tuple(options)
+    ctx.reserve_layout = reserve_layout
     ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)
 
@@ -226,7 +261,9 @@ def _backward(
         )
     else:
         arguments = (*grads, input, hx, cx, weights, output, reserve)
-        result = _dispatched_backward(arguments, ctx.options, batch_sizes, lengths, needs)
+        result = _dispatched_backward(
+            arguments, ctx.options, batch_sizes, lengths, needs, ctx.reserve_layout
+        )
     grad_input, grad_hx, grad_cx, grad_weights = result
     return grad_input, grad_hx, grad_cx, grad_weights, *(None,) * 9
 
@@ -237,10 +274,11 @@ def _dispatched_backward(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     needs: Sequence[bool],
+    reserve_layout: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
     """The backend's ``rnn_backward`` by way of the op."""
     *grads, grad_weights = torch.ops.fastseq.rnn_backward(
-        *arguments, batch_sizes, lengths, *options, needs
+        *arguments, batch_sizes, lengths, *options, needs, reserve_layout
     )
     grad_input, grad_hx, grad_cx = (
         grad if need else None for grad, need in zip(grads, needs[:3], strict=True)
@@ -302,7 +340,8 @@ class _RnnLayer(torch.autograd.Function):
         options: Options,
         *weights: Tensor,
     ) -> Outputs:
-        output, hy, cy, reserve = _cpu().rnn_forward(
+        kernels, ctx.reserve_layout = _chosen()
+        output, hy, cy, reserve = kernels.rnn_forward(
             input, hx, cx, weights, *options, batch_sizes, lengths, True
         )
         ctx.save_for_backward(input, hx, cx, batch_sizes, lengths, output, reserve, *weights)
@@ -325,10 +364,11 @@ class _RnnLayer(torch.autograd.Function):
             arguments = (*grads, input, hx, cx, weights, output, reserve)
             if is_watched():
                 grad_input, grad_hx, grad_cx, grad_weights = _dispatched_backward(
-                    arguments, ctx.options, batch_sizes, lengths, needs
+                    arguments, ctx.options, batch_sizes, lengths, needs, ctx.reserve_layout
                 )
             else:
-                grad_input, grad_hx, grad_cx, grad_weights = _cpu().rnn_backward(
+                kernels = _of_layout(ctx.reserve_layout)
+                grad_input, grad_hx, grad_cx, grad_weights = kernels.rnn_backward(
                     *arguments, *ctx.options, batch_sizes, lengths, needs
                 )
         return grad_input, grad_hx, grad_cx, None, None, None, *grad_weights
@@ -389,16 +429,21 @@ def rnn_layer(
     options = (cell, has_biases, proj_size, bidirectional, batch_first)
     plain_type = type(input) in PLAIN_TYPES
     if plain_type and not is_watched() and not has_lazy_negation(input, hx, cx):
-        if wants_composite():
+        if wants_composite(_WITH_KERNELS) or _lacks_kernels(proj_size):
             return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
         if needs_gradient((input, hx, cx, *weights)):
             return _RnnLayer.apply(input, hx, cx, batch_sizes, lengths, options, *weights)
-        return _cpu().rnn_forward(input, hx, cx, weights, *options, batch_sizes, lengths, False)[:3]
-    if not torch.compiler.is_compiling() and wants_composite():
+        kernels, _ = _chosen()
+        return kernels.rnn_forward(input, hx, cx, weights, *options, batch_sizes, lengths, False)[
+            :3
+        ]
+    transformed = not torch.compiler.is_compiling() and wants_composite(_WITH_KERNELS)
+    if transformed or _lacks_kernels(proj_size):
         return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
     save = needs_gradient((input, hx, cx, *weights))
+    _, layout = _chosen()
     output, hy, cy, _ = torch.ops.fastseq.rnn_forward(
-        input, hx, cx, list(weights), batch_sizes, lengths, *options, save, RESERVE_LAYOUT
+        input, hx, cx, list(weights), batch_sizes, lengths, *options, save, layout
     )
     return output, hy, cy if cell == "lstm" else None
 
@@ -425,10 +470,10 @@ def rnn_cell(
         type(input) in PLAIN_TYPES
         and not is_watched()
         and not has_lazy_negation(input, hx, cx)
-        and not wants_composite()
+        and not wants_composite(_WITH_KERNELS)
         and not needs_gradient((input, hx, cx, *tensors))
     ):
-        return _cpu().rnn_cell(input, hx, cx, tensors, cell, has_biases)
+        return _chosen()[0].rnn_cell(input, hx, cx, tensors, cell, has_biases)
     _, hy, cy = rnn_layer(
         input.unsqueeze(0),
         hx.unsqueeze(0),

@@ -47,10 +47,10 @@ def has_lazy_negation(*tensors: Tensor | None) -> bool:
     return False
 
 
-def wants_composite() -> bool:
-    """A transform needs differentiable operators, or the user chose the reference backend."""
+def wants_composite(kernels: frozenset[str] = frozenset({"cpu"})) -> bool:
+    """A transform needs differentiable operators, or the chosen backend has no such kernels."""
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or _config.backend_name() == "reference"
+        or _config.backend_name() not in kernels
     )

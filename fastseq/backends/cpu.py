@@ -29,9 +29,14 @@ _PADDED_MULTIPLE = 32  # csrc/cpu/gemm.h: padded_multiple
 
 
 def rnn_reserve_elements(
-    cell: str, rows: int, hidden_size: int, proj_size: int, directions: int
+    cell: str,
+    rows: int,
+    hidden_size: int,
+    proj_size: int,
+    directions: int,
+    dtype: torch.dtype | None = None,
 ) -> int:
-    """Elements of what forward keeps for backward; sizes may be symbolic."""
+    """Elements of what forward keeps for backward, in any dtype; sizes may be symbolic."""
     padded = (hidden_size + _PADDED_MULTIPLE - 1) // _PADDED_MULTIPLE * _PADDED_MULTIPLE
     saved = CELLS[cell].saved + (1 if proj_size else 0)
     return rows * directions * (padded * saved + _PADDED_MULTIPLE)

@@ -1,0 +1,1 @@
+"""Kernels that Numba compiles on first use: no compiled extension, no compiler."""

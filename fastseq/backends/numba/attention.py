@@ -6,18 +6,17 @@ so that a graph recorded on one of the two backends may run backward on the othe
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastseq._attention import WEIGHTS_MEAN, WEIGHTS_NONE, Options, Terms, empty_heads
 from fastseq.backends import reference_attention
-from fastseq.backends.numba.attention_bodies import bodies
-from fastseq.backends.numba.attention_problem import KEY_BLOCK, NUMBERS, PANEL
-from fastseq.backends.numba.compiled import run
+from fastseq.backends.numba import threads as _threads
+from fastseq.backends.numba.attention_bodies import body
+from fastseq.backends.numba.attention_problem import COUNT, KEY_BLOCK, PANEL
 
 __all__ = ["attention_backward", "attention_forward", "empty_heads", "plain_attention"]
 
@@ -116,15 +115,12 @@ def _problem(
     value: Tensor,
     terms: Terms,
     options: Options,
-) -> tuple[list[int], np.ndarray[Any, Any]]:
-    """The integers in the order of ``attention_problem.Problem``, and the numbers."""
+) -> list[int]:
+    """The integers in the order of ``attention_problem.Problem``."""
     padding, slopes, table = terms.key_padding_mask, terms.alibi_slopes, terms.block_table
     drops = options.dropout_p > 0
-    numbers = np.empty(NUMBERS, np.float64 if query.dtype is torch.float64 else np.float32)
-    kept = 0.0 if options.dropout_p >= 1 else 1 / (1 - options.dropout_p)
-    numbers[:] = options.scale, options.softcap, kept
     seed, offset = (0, 0) if terms.seed is None else terms.seed.tolist()
-    integers = [
+    return [
         *sizes,
         options.window_left,
         options.window_right,
@@ -150,16 +146,31 @@ def _problem(
         *_heads(query),
         *_heads(key),
         *_heads(value),
-        numbers.ctypes.data,
     ]
-    return integers, numbers
 
 
-def _threads(sizes: tuple[int, ...], terms: Terms) -> int:
+def _run(
+    names_and_counts: dict[str, int],
+    sizes: tuple[int, ...],
+    terms: Terms,
+    options: Options,
+    item_bytes: int,
+    integers: list[int],
+) -> None:
+    """Run compiled bodies one after another, each for so many pieces of work."""
     batch, heads, _, queries, keys, size, value_size = sizes
     sequences = 1 if terms.query_starts is not None else batch
     flops = 2 * sequences * heads * queries * keys * (size + value_size)
-    return 1 if flops < _SINGLE_THREAD_FLOPS else torch.get_num_threads()
+    threads = 1 if flops < _SINGLE_THREAD_FLOPS else torch.get_num_threads()
+    kept = 0.0 if options.dropout_p >= 1 else 1 / (1 - options.dropout_p)
+    floats = ctypes.c_float if item_bytes == 4 else ctypes.c_double
+    numbers = (floats * 3)(options.scale, options.softcap, kept)
+    counter = ctypes.c_int64()
+    places = (0, 0, 0, ctypes.addressof(counter), 0, ctypes.addressof(numbers))
+    arguments = (ctypes.c_int64 * (len(places) + len(integers)))(*places, *integers)
+    for name, count in names_and_counts.items():
+        counter.value, arguments[COUNT] = 0, count
+        _threads.run(body(name, item_bytes), arguments, max(1, min(threads, count)))
 
 
 def attention_forward(
@@ -198,7 +209,7 @@ def attention_forward(
     # Kept in variables: their addresses are all that the compiled function gets.
     query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
     terms = _dense_terms(terms)
-    integers, numbers = _problem(sizes, query, key, value, terms, options)
+    integers = _problem(sizes, query, key, value, terms, options)
     merges = heads > kv_heads and queries < PANEL and probabilities is None
     lists = kv_heads if merges else heads
     panels = -(-queries * (heads // kv_heads if merges else 1) // PANEL)
@@ -216,10 +227,8 @@ def attention_forward(
         int(averages),
         count,
     ]
-    # Rows past a sequence's end are further pieces.
     spare = batch * heads if terms.query_lengths is not None else 0
-    body = bodies("attention_forward", numbers.dtype)
-    run(body, _threads(sizes, terms), np.array(integers, np.int64), count + spare)
+    _run({"forward": count + spare}, sizes, terms, options, query.element_size(), integers)
     return output, lse, row_maximum, row_scale, probabilities
 
 
@@ -258,7 +267,7 @@ def attention_backward(
     grad_lse = _dense(grad_lse)
     query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
     terms = _dense_terms(terms)
-    integers, numbers = _problem(sizes, query, key, value, terms, options)
+    integers = _problem(sizes, query, key, value, terms, options)
     table = _scores(grad_bias)
     unit_batches = batch if grad_bias is not None and table[1] == 0 else 1
     unit_heads = kv_heads if grad_bias is not None and table[2] == 0 else 1
@@ -287,10 +296,10 @@ def attention_backward(
         *table,
         _address(grad_sinks),
     ]
-    arguments, threads = np.array(integers, np.int64), _threads(sizes, terms)
-    run(bodies("attention_backward", numbers.dtype), threads, arguments, units * splits)
+    bodies = {"backward": units * splits}
     if grad_sinks is not None:
-        run(bodies("attention_sinks", numbers.dtype), threads, arguments, heads)
+        bodies["sinks"] = heads
+    _run(bodies, sizes, terms, options, query.element_size(), integers)
     if grad_query is not None and parts is not None and splits > 1:
         torch.sum(parts, 0, out=grad_query)
     return grads

@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from fastseq.backends.numba.attention_problem import (
     CAP,
     KEPT_SCALE,
@@ -49,9 +48,8 @@ from fastseq.backends.numba.attention_scores import (
     weighted_product,
 )
 from fastseq.backends.numba.elementary import exponential
-from fastseq.backends.numba.vectors import (
+from fastseq.backends.numba.tiles import (
     COLUMNS,
-    OPTIONS,
     ROWS,
     address_of,
     compact,
@@ -621,7 +619,7 @@ def _write_query(
                 rows[place + k] = 0
 
 
-@njit(inline="always", **OPTIONS)
+@inner
 def backward_piece(integers: Any, numbers: Any, piece: int) -> None:
     """The heads of a unit, one after another: their gradients are added to the same elements."""
     problem = problem_of(integers)

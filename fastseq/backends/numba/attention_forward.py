@@ -12,7 +12,6 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from fastseq.backends.numba.attention_problem import (
     KEPT_SCALE,
     KEY_BLOCK,
@@ -42,7 +41,7 @@ from fastseq.backends.numba.attention_scores import (
     weighted_product,
 )
 from fastseq.backends.numba.elementary import exponential
-from fastseq.backends.numba.vectors import OPTIONS, ROWS, address_of, compact, inner, outlined, pointer, round_up, wide_vectors
+from fastseq.backends.numba.tiles import ROWS, address_of, compact, inner, outlined, pointer, round_up, wide_vectors
 
 __all__ = ["forward_piece"]
 
@@ -53,8 +52,8 @@ ROW_MAXIMUM = LSE + 3
 ROW_SCALE = ROW_MAXIMUM + 3
 WEIGHTS = ROW_SCALE + 3
 AVERAGES = WEIGHTS + 4
-COUNT = AVERAGES + 1
-FORWARD_INTEGERS = COUNT + 1
+SEEN_PIECES = AVERAGES + 1  # those after them are rows past a sequence's end
+FORWARD_INTEGERS = SEEN_PIECES + 1
 
 
 class Memory(NamedTuple):
@@ -399,18 +398,16 @@ def _run_panel(integers: Any, numbers: Any, batch: int, index: int, first_head: 
             started = np.int64(1)
 
 
-@njit(inline="always", **OPTIONS)
+@inner
 def forward_piece(integers: Any, numbers: Any, i: int) -> None:
-    """Piece ``i`` of ``integers[COUNT]``; after these one per head of sequences with spare rows."""
+    """Piece ``i``: a panel, or the spare rows of one head of a sequence."""
     problem = problem_of(integers)
-    if i >= integers[COUNT]:
-        _zero_unused(integers, numbers, i - integers[COUNT])
+    if i >= integers[SEEN_PIECES]:
+        _zero_unused(integers, numbers, i - integers[SEEN_PIECES])
         return
     pieces, lists = integers[PIECES], integers[LISTS]
-    place, many = i % pieces, i // pieces
-    # Late queries of a causal sequence see most keys. First, last, second, last but one ...: any
-    # run of pieces is then as long as any other, and threads get equal shares.
-    index = place // 2 if place % 2 == 0 else pieces - 1 - place // 2
+    # The last queries of a causal sequence see most keys: they go first.
+    index, many = pieces - 1 - i % pieces, i // pieces
     if integers[AVERAGES]:
         for head in range(problem.heads):
             _run_panel(integers, numbers, many, index, head)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq.backends.numba.vectors import address_of, compact, inner, outlined, pointer
+from fastseq.backends.numba.tiles import address_of, compact, inner, outlined, pointer
 
 __all__ = [
     "KEY_BLOCK",
@@ -116,15 +116,15 @@ class Span(NamedTuple):
     last_key: int
 
 
-# Places in the array of int64.
+# Places in the array of int64. [0:3] belong to fastseq.backends.numba.threads.
+COUNTER, COUNT, NUMBERS_ADDRESS, _FIRST = 3, 4, 5, 6
 _SCALARS = 26
-_BIAS = _SCALARS
+_BIAS = _FIRST + _SCALARS
 _MASK = _BIAS + 5
 _QUERY = _MASK + 5
 _KEY = _QUERY + 4
 _VALUE = _KEY + 4
-NUMBERS_ADDRESS = _VALUE + 4
-REST = NUMBERS_ADDRESS + 1  # what forward and backward add
+REST = _VALUE + 4  # what forward and backward add
 
 # Places in the array of numbers. The cap is 0 for none.
 SCALE, CAP, KEPT_SCALE, NUMBERS = 0, 1, 2, 3
@@ -154,32 +154,32 @@ def scores_at(integers: Any, at: int) -> Scores:
 def problem_of(i: Any) -> Problem:
     """The problem that the array of int64 describes."""
     return Problem(
-        i[0],
-        i[1],
-        i[2],
-        i[3],
-        i[4],
-        i[5],
-        i[6],
-        i[7],
-        i[8],
-        i[9],
-        i[10],
-        i[11],
-        i[12],
-        i[13],
-        i[14],
-        i[15],
-        i[16],
-        i[17],
-        i[18],
-        i[19],
-        i[20],
-        i[21],
-        i[22],
-        i[23],
-        i[24],
-        i[25],
+        i[_FIRST],
+        i[_FIRST + 1],
+        i[_FIRST + 2],
+        i[_FIRST + 3],
+        i[_FIRST + 4],
+        i[_FIRST + 5],
+        i[_FIRST + 6],
+        i[_FIRST + 7],
+        i[_FIRST + 8],
+        i[_FIRST + 9],
+        i[_FIRST + 10],
+        i[_FIRST + 11],
+        i[_FIRST + 12],
+        i[_FIRST + 13],
+        i[_FIRST + 14],
+        i[_FIRST + 15],
+        i[_FIRST + 16],
+        i[_FIRST + 17],
+        i[_FIRST + 18],
+        i[_FIRST + 19],
+        i[_FIRST + 20],
+        i[_FIRST + 21],
+        i[_FIRST + 22],
+        i[_FIRST + 23],
+        i[_FIRST + 24],
+        i[_FIRST + 25],
         scores_at(i, _BIAS),
         scores_at(i, _MASK),
         heads_at(i, _QUERY),

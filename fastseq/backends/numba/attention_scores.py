@@ -22,7 +22,7 @@ from fastseq.backends.numba.attention_problem import (
     plain_scores,
 )
 from fastseq.backends.numba.elementary import exponential, hyperbolic_tangent
-from fastseq.backends.numba.vectors import (
+from fastseq.backends.numba.tiles import (
     address_of,
     compact,
     inner,

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from fastseq.backends.numba.vectors import OPTIONS, inner
+from fastseq.backends.numba.tiles import OPTIONS, inner
 
 __all__ = ["exponential", "hyperbolic_tangent"]
 

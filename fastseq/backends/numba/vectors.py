@@ -1,302 +1,348 @@
-"""Memory and vectors inside compiled functions: pointers of a type, and the product of matrices.
+"""LLVM instructions on whole vectors, and exp, tanh and the like made of them.
 
-The product's innermost tile is written in LLVM's own vector types, because the loop vectorizer
-keeps the sums of a plain triple loop in memory; here they stay in registers. LLVM turns the vectors
-into whatever the processor has.
+Numba's own way to vector code is to write scalar loops and hope; LLVM gives up on loops with more
+than a few arrays, and exp or tanh in a loop become calls, one per element. The functions here write
+the instructions of one vector instead. They are what the intrinsics of the modules beside this one
+are made of.
+
+exp, tanh and sigmoid are those of ``csrc/cpu/math.h``, where the method and its error are described.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-import llvmlite.binding as llvm
-import numpy as np
+import llvmlite.binding
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
 
-__all__ = ["address_of", "compact", "inner", "outlined", "pointer", "product", "product_where_weighted", "round_up", "wide_vectors"]
+__all__ = ["Vectors", "lanes", "register_bytes", "tile_rows"]
 
-# Multiply-adds may be fused, as in the C++ kernels. Nothing that reorders sums or assumes away NaN
-# and Inf: reordering would break the split of an exponent in elementary.py, and hidden keys may
-# hold anything.
-OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-
-
-def inner(function: Any) -> Any:
-    """Compile a function that other compiled functions call."""
-    return njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
-
-
-def _vector_bytes() -> int:
-    features = llvm.get_host_cpu_features()
-    return 64 if features.get("avx512f") else 32 if features.get("avx") else 16
-
-
-# A tile is this many rows by two vectors of columns: as many sums as hide the latency of a
-# multiply-add, and no more than there are registers for.
-_VECTOR_BYTES = _vector_bytes()
-_TILE_ROWS = 4 if _VECTOR_BYTES == 32 else 8
-_TILE_VECTORS = 2
-_TILE_COLUMNS_32 = _TILE_VECTORS * _VECTOR_BYTES // 4
-
-# Widest tile of any processor and dtype: what columns are padded to.
-COLUMNS = 32
-# What rows of a product's result are padded to.
-ROWS = 8
-
-
-@inner
-def address_of(array: Any) -> int:
-    """Where the array's memory begins, as a signed integer: unsigned ones mix into floats."""
-    return np.int64(array.ctypes.data)
-
-
-@intrinsic
-def pointer(typingctx: Any, address: Any, like: Any) -> Any:  # noqa: ARG001
-    """The address as a pointer to values of the array ``like``'s type; negative indices are real."""
-    sig = types.CPointer(like.dtype)(address, like)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return sig, codegen
+_EXP = {
+    4: {
+        "q": (
+            0.5000000014276589,
+            0.16666666682523657,
+            0.041666456904062641,
+            0.0083333100347067069,
+            0.0013934531655088020,
+            0.00019891969905683137,
+        ),
+        "ln2": (float.fromhex("0x1.62e4p-1"), float.fromhex("0x1.7f7d1cp-20")),
+        "magic": float.fromhex("0x1.8p23"),
+        "mantissa": 23,
+        "overflow": 88.722839,
+        "underflow": -87.3365402,
+    },
+    8: {
+        "q": (
+            0.5,
+            0.16666666666666666667,
+            0.04166666666666667780798,
+            0.008333333333333334075955,
+            0.001388888888887827849893,
+            0.0001984126984126276891421,
+            0.0000248015873385404143966,
+            0.000002755731924861720845224,
+            2.75572610555081036412e-7,
+            2.505206961223467670407e-8,
+            2.091895234599852527658e-9,
+            1.608717090794062639622e-10,
+        ),
+        "ln2": (float.fromhex("0x1.62e42fefa3800p-1"), float.fromhex("0x1.ef35793c76730p-45")),
+        "magic": float.fromhex("0x1.8p52"),
+        "mantissa": 52,
+        "overflow": 709.782712893384,
+        "underflow": -708.39641853226408,
+    },
+}
+_INVERSE_LN2 = 1.44269504088896340735992468100189214
+# log(2) in two parts for log: n * high is exact.
+_LOG_LN2 = {4: (0.693359375, -2.12194440e-4), 8: (6.93147180369123816490e-1, 1.90821492927058770002e-10)}
 
 
-@intrinsic
-def wide_vectors(typingctx: Any) -> Any:  # noqa: ARG001
-    """Called in a function: have its loops use the widest vectors, of which LLVM is shy on x86."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if _VECTOR_BYTES == 64:
-            # llvmlite's own add() knows LLVM's plain attributes only.
-            set.add(builder.function.attributes, '"prefer-vector-width"="512"')
-        return context.get_dummy_value()
-
-    return types.void(), codegen
+@functools.cache
+def _features() -> dict[str, bool]:
+    return dict(llvmlite.binding.get_host_cpu_features())
 
 
-@intrinsic
-def outlined(typingctx: Any) -> Any:  # noqa: ARG001
-    """Called in a function: LLVM keeps it one function, which is compiled once and not per call."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.function.attributes.add("noinline")
-        return context.get_dummy_value()
-
-    return types.void(), codegen
+@functools.cache
+def register_bytes() -> int:
+    """Bytes of this processor's widest vector register that LLVM may use."""
+    features = _features()
+    if features.get("avx512f"):
+        return 64
+    return 32 if features.get("avx2") else 16
 
 
-@intrinsic
-def compact(typingctx: Any) -> Any:  # noqa: ARG001
-    """Called in a function that takes little of the time: LLVM keeps it one small function."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        for attribute in ("noinline", "minsize", "optsize"):
-            builder.function.attributes.add(attribute)
-        return context.get_dummy_value()
-
-    return types.void(), codegen
+def lanes(item_bytes: int) -> int:
+    """Elements of a vector."""
+    return register_bytes() // item_bytes
 
 
-@intrinsic
-def _tile(
-    typingctx: Any,
-    like: Any,
-    c: Any,
-    c_stride: Any,
-    a: Any,
-    a_row: Any,
-    a_column: Any,
-    b: Any,
-    b_stride: Any,
-    rows: Any,
-    depth: Any,
-    factor: Any,
-) -> Any:
-    """One tile of :func:`product`: ``rows`` of at most ``_TILE_ROWS``; all of them are written."""
-    sig = types.void(like, *(types.int64,) * 10)
-    size = like.dtype.bitwidth // 8
-    lanes = _VECTOR_BYTES // size
+def tile_rows() -> int:
+    """Rows of a tile of two vectors of which all sums fit the registers."""
+    return 12 if register_bytes() == 64 else 6
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, c, c_stride, a, a_row, a_column, b, b_stride, rows, depth, factor = args
-        element = context.get_value_type(like.dtype)
-        vector = ir.VectorType(element, lanes)
-        index = c_stride.type
-        zero, one = index(0), index(1)
 
-        def address(base: Any, offset: Any, target: Any) -> Any:
-            place = builder.add(base, builder.mul(offset, index(size)))
-            return builder.inttoptr(place, target.as_pointer())
+class Vectors:
+    """Writes instructions on vectors of ``count`` floats of ``item_bytes`` bytes."""
 
-        def load(base: Any, offset: Any) -> Any:
-            return builder.load(address(base, offset, vector), align=size)
+    def __init__(self, builder: ir.IRBuilder, item_bytes: int, count: int | None = None) -> None:
+        self.builder = builder
+        self.item_bytes = item_bytes
+        self.count = lanes(item_bytes) if count is None else count
+        self.scalar = ir.FloatType() if item_bytes == 4 else ir.DoubleType()
+        self.integer = ir.IntType(item_bytes * 8)
+        self.type = ir.VectorType(self.scalar, self.count)
+        self.integers = ir.VectorType(self.integer, self.count)
 
-        def column(v: int) -> Any:
-            return index(v * lanes)
+    # --- memory: addresses are 64-bit integers, offsets are in elements
 
-        # Rows past the last one compute what that computes: nothing is read outside of a.
-        last = builder.sub(rows, one)
-        a_rows = []
-        for i in range(_TILE_ROWS):
-            inside = builder.icmp_signed("<", index(i), last)
-            row = builder.select(inside, index(i), last)
-            a_rows.append(builder.mul(row, a_row))
-        before = builder.block
-        loop = builder.append_basic_block("products")
-        after = builder.append_basic_block("sums")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        k = builder.phi(index)
-        k.add_incoming(zero, before)
-        sums = [[builder.phi(vector) for _ in range(_TILE_VECTORS)] for _ in range(_TILE_ROWS)]
-        b_row = builder.mul(k, b_stride)
-        right = [load(b, builder.add(b_row, column(v))) for v in range(_TILE_VECTORS)]
-        a_place = builder.mul(k, a_column)
-        totals = []
-        for i in range(_TILE_ROWS):
-            left = builder.load(address(a, builder.add(a_rows[i], a_place), element), align=size)
-            wide = builder.insert_element(
-                ir.Constant(vector, ir.Undefined), left, ir.IntType(32)(0)
+    def pointer(self, address: Any, offset: Any = None, kind: ir.Type | None = None) -> Any:
+        """``address + offset`` as a pointer to a vector (or ``kind``)."""
+        builder = self.builder
+        if offset is not None:
+            if isinstance(offset, int):
+                offset = ir.Constant(ir.IntType(64), offset)
+            scaled = builder.mul(offset, ir.Constant(ir.IntType(64), self.item_bytes))
+            address = builder.add(address, scaled)
+        return builder.inttoptr(address, ir.PointerType(kind or self.type))
+
+    def load(self, address: Any, offset: Any = None) -> Any:
+        """A vector from memory of any alignment."""
+        found = self.builder.load(self.pointer(address, offset))
+        found.align = self.item_bytes
+        return found
+
+    def store(self, value: Any, address: Any, offset: Any = None) -> None:
+        """A vector to memory of any alignment."""
+        stored = self.builder.store(value, self.pointer(address, offset))
+        stored.align = self.item_bytes
+
+    def load_broadcast(self, address: Any, offset: Any = None) -> Any:
+        """One element from memory in every lane."""
+        pointer = self.pointer(address, offset, self.scalar)
+        return self.broadcast(self.builder.load(pointer))
+
+    # --- values
+
+    def broadcast(self, scalar: Any) -> Any:
+        """A scalar in every lane."""
+        builder, zero = self.builder, ir.Constant(ir.IntType(32), 0)
+        one = builder.insert_element(ir.Constant(self.type, ir.Undefined), scalar, zero)
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), self.count), [0] * self.count)
+        return builder.shuffle_vector(one, ir.Constant(self.type, ir.Undefined), mask)
+
+    def constant(self, value: float) -> Any:
+        """A number in every lane."""
+        return ir.Constant(self.type, [ir.Constant(self.scalar, value)] * self.count)
+
+    def integer_constant(self, value: int) -> Any:
+        """An integer in every lane."""
+        return ir.Constant(self.integers, [ir.Constant(self.integer, value)] * self.count)
+
+    # 'contract' lets LLVM fuse a product with a sum; nothing else about IEEE arithmetic changes.
+    def add(self, a: Any, b: Any) -> Any:
+        """``a + b``."""
+        return self.builder.fadd(a, b, flags=("contract",))
+
+    def subtract(self, a: Any, b: Any) -> Any:
+        """``a - b``."""
+        return self.builder.fsub(a, b, flags=("contract",))
+
+    def multiply(self, a: Any, b: Any) -> Any:
+        """``a * b``."""
+        return self.builder.fmul(a, b, flags=("contract",))
+
+    def divide(self, a: Any, b: Any) -> Any:
+        """``a / b``."""
+        return self.builder.fdiv(a, b)
+
+    def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
+        """``a * b + c``, fused where the processor can."""
+        return self.add(self.multiply(a, b), c)
+
+    def negate(self, a: Any) -> Any:
+        """``-a``."""
+        return self.builder.fneg(a)
+
+    def less(self, a: Any, b: Any) -> Any:
+        """``a < b``, false for NaN."""
+        return self.builder.fcmp_ordered("<", a, b)
+
+    def less_equal(self, a: Any, b: Any) -> Any:
+        """``a <= b``, false for NaN."""
+        return self.builder.fcmp_ordered("<=", a, b)
+
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        """``a`` in lanes where ``condition`` holds, else ``b``."""
+        return self.builder.select(condition, a, b)
+
+    def maximum(self, a: Any, b: Any) -> Any:
+        """The larger; NaN if either is."""
+        larger = self.where(self.less(b, a), a, b)
+        return self.where(self.builder.fcmp_unordered("uno", a, a), a, larger)
+
+    def minimum(self, a: Any, b: Any) -> Any:
+        """The smaller; NaN if either is."""
+        smaller = self.where(self.less(a, b), a, b)
+        return self.where(self.builder.fcmp_unordered("uno", a, a), a, smaller)
+
+    def relu(self, a: Any) -> Any:
+        """``max(a, 0)``; NaN stays."""
+        return self.where(self.less(a, self.constant(0.0)), self.constant(0.0), a)
+
+    def bits(self, a: Any) -> Any:
+        """The same bits as integers."""
+        return self.builder.bitcast(a, self.integers)
+
+    def floats(self, a: Any) -> Any:
+        """The same bits as floats."""
+        return self.builder.bitcast(a, self.type)
+
+    @property
+    def _sign(self) -> Any:
+        return self.integer_constant(-(1 << (self.item_bytes * 8 - 1)))
+
+    def absolute(self, a: Any) -> Any:
+        """``|a|``."""
+        mask = self.integer_constant((1 << (self.item_bytes * 8 - 1)) - 1)
+        return self.floats(self.builder.and_(self.bits(a), mask))
+
+    def _with_sign_of(self, magnitude: Any, a: Any) -> Any:
+        sign = self.builder.and_(self.bits(a), self._sign)
+        return self.floats(self.builder.or_(self.bits(self.absolute(magnitude)), sign))
+
+    def minus_magnitude(self, a: Any) -> Any:
+        """``-|a|``."""
+        return self.floats(self.builder.or_(self.bits(a), self._sign))
+
+    def sqrt(self, a: Any) -> Any:
+        """Square root, by the processor's instruction."""
+        name = f"llvm.sqrt.v{self.count}f{self.item_bytes * 8}"
+        function_type = ir.FunctionType(self.type, [self.type])
+        module = self.builder.module
+        declared = module.globals.get(name) or ir.Function(module, function_type, name)
+        return self.builder.call(declared, [a])
+
+    # --- series
+
+    def _at_least(self, a: Any, bound: float) -> Any:
+        """``max(a, bound)``; NaN stays."""
+        return self.where(self.less(a, self.constant(bound)), self.constant(bound), a)
+
+    def polynomial(self, x: Any, coefficients: tuple[float, ...]) -> Any:
+        """``c[0] + c[1] x + ...``, in pairs: half as long a chain as one by one."""
+        terms = list(coefficients)
+        if len(terms) % 2:
+            terms.append(0.0)
+        square = self.multiply(x, x)
+        result = None
+        for index in range(len(terms) - 2, -1, -2):
+            pair = self.multiply_add(
+                self.constant(terms[index + 1]), x, self.constant(terms[index])
             )
-            mask = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-            wide = builder.shuffle_vector(wide, ir.Constant(vector, ir.Undefined), mask)
-            totals.append(
-                [
-                    builder.fadd(
-                        builder.fmul(wide, right[v], flags=("contract",)),
-                        sums[i][v],
-                        flags=("contract",),
-                    )
-                    for v in range(_TILE_VECTORS)
-                ]
-            )
-        end = builder.block
-        next_k = builder.add(k, one)
-        k.add_incoming(next_k, end)
-        empty = ir.Constant(vector, [element(0.0)] * lanes)
-        for i in range(_TILE_ROWS):
-            for v in range(_TILE_VECTORS):
-                sums[i][v].add_incoming(empty, before)
-                sums[i][v].add_incoming(totals[i][v], end)
-        builder.cbranch(builder.icmp_signed("<", next_k, depth), loop, after)
-        builder.position_at_end(after)
-        adds = builder.icmp_signed("!=", factor, zero)
-        with builder.if_else(adds) as (then, otherwise):
-            with then:
-                by = [load(factor, column(v)) for v in range(_TILE_VECTORS)]
-                for i in range(_TILE_ROWS):
-                    place = builder.mul(index(i), c_stride)
-                    for v in range(_TILE_VECTORS):
-                        at = address(c, builder.add(place, column(v)), vector)
-                        old = builder.load(at, align=size)
-                        total = builder.fadd(
-                            builder.fmul(old, by[v], flags=("contract",)),
-                            totals[i][v],
-                            flags=("contract",),
-                        )
-                        builder.store(total, at, align=size)
-            with otherwise:
-                for i in range(_TILE_ROWS):
-                    place = builder.mul(index(i), c_stride)
-                    for v in range(_TILE_VECTORS):
-                        at = address(c, builder.add(place, column(v)), vector)
-                        builder.store(totals[i][v], at, align=size)
-        return context.get_dummy_value()
+            result = pair if result is None else self.multiply_add(result, square, pair)
+        return result
 
-    return sig, codegen
+    def _reduced_exp(self, x: Any) -> tuple[Any, Any]:
+        """``(2^n, p)`` with ``exp(x) = 2^n (1 + p)``; x must not leave exp's range."""
+        known = _EXP[self.item_bytes]
+        magic = self.constant(known["magic"])  # type: ignore[arg-type]
+        shifted = self.multiply_add(x, self.constant(_INVERSE_LN2), magic)
+        n = self.negate(self.builder.fsub(shifted, magic))
+        high, low = known["ln2"]  # type: ignore[misc]
+        r = self.multiply_add(n, self.constant(high), x)
+        r = self.multiply_add(n, self.constant(low), r)
+        q = self.polynomial(r, known["q"])  # type: ignore[arg-type]
+        p = self.multiply_add(self.multiply(r, r), q, r)
+        # The low mantissa bits of `shifted` hold n; moved up into the exponent they make 2^n.
+        moved = self.builder.shl(
+            self.bits(shifted), self.integer_constant(known["mantissa"])  # type: ignore[arg-type]
+        )
+        return self.floats(self.builder.add(moved, self.bits(self.constant(1.0)))), p
 
+    def exp(self, x: Any) -> Any:
+        """Exponential; results below the smallest normal number are 0."""
+        known = _EXP[self.item_bytes]
+        overflow, underflow = known["overflow"], known["underflow"]
+        clamped = self._at_least(x, underflow)  # type: ignore[arg-type]
+        above = self.less(self.constant(overflow), x)  # type: ignore[arg-type]
+        clamped = self.where(above, self.constant(overflow), clamped)  # type: ignore[arg-type]
+        scale, p = self._reduced_exp(clamped)
+        # 2^128 itself is no float: above zero take half of the scale and double at the end.
+        positive = self.less(self.constant(0.0), x)
+        step = self.integer_constant(1 << known["mantissa"])  # type: ignore[operator]
+        halved = self.floats(self.builder.sub(self.bits(scale), step))
+        scale = self.where(positive, halved, scale)
+        result = self.multiply_add(scale, p, scale)
+        result = self.where(positive, self.add(result, result), result)
+        result = self.where(above, self.constant(float("inf")), result)
+        below = self.less(x, self.constant(underflow))  # type: ignore[arg-type]
+        return self.where(below, self.constant(0.0), result)
 
-@inner
-def round_up(count: int, multiple: int) -> int:
-    """The smallest multiple that is at least ``count``."""
-    return (count + multiple - 1) // multiple * multiple
+    def exp_minus_magnitude(self, x: Any) -> Any:
+        """``exp(-|x|)``, which never overflows."""
+        underflow: float = _EXP[self.item_bytes]["underflow"]  # type: ignore[assignment]
+        negative = self.minus_magnitude(x)
+        scale, p = self._reduced_exp(self._at_least(negative, underflow))
+        result = self.multiply_add(scale, p, scale)
+        below = self.less(negative, self.constant(underflow))
+        return self.where(below, self.constant(0.0), result)
 
+    def sigmoid(self, x: Any) -> Any:
+        """``1 / (1 + exp(-x))``, both sides to the last digits."""
+        e, one = self.exp_minus_magnitude(x), self.constant(1.0)
+        numerator = self.where(self.less(x, self.constant(0.0)), e, one)
+        return self.divide(numerator, self.add(one, e))
 
-@inner
-def product(
-    like: Any,
-    c: int,
-    c_stride: int,
-    a: int,
-    a_row: int,
-    a_column: int,
-    b: int,
-    b_stride: int,
-    rows: int,
-    columns: int,
-    depth: int,
-    factor: int,
-) -> None:
-    """``c = a b``, or ``c = c * factor + a b`` where there is a factor.
+    def tanh(self, x: Any) -> Any:
+        """Hyperbolic tangent: ``-expm1(-2|x|) / (2 + expm1(-2|x|))`` with the sign of x."""
+        doubled = self.minus_magnitude(self.add(x, x))
+        scale, p = self._reduced_exp(self._at_least(doubled, -64.0))
+        less_one = self.subtract(scale, self.constant(1.0))
+        expm1 = self.multiply_add(scale, p, less_one)
+        magnitude = self.divide(expm1, self.add(expm1, self.constant(2.0)))
+        return self._with_sign_of(magnitude, x)
 
-    Each element of ``a b`` is one sum in the order of ``depth``, whatever the sizes are.
+    def _twice_atanh(self, s: Any, terms: int) -> Any:
+        """``2 atanh(s) = 2s (1 + s^2/3 + s^4/5 + ...)``."""
+        square = self.multiply(s, s)
+        series = self.polynomial(square, tuple(1 / (2 * i + 3) for i in range(terms)))
+        twice = self.add(s, s)
+        return self.multiply_add(self.multiply(twice, square), series, twice)
 
-    Args:
-        like: an array of the dtype.
-        c: address of the result, ``c_stride`` values from row to row. Rows are written up to a
-            multiple of ``ROWS``, columns up to one of ``COLUMNS``.
-        a: address of ``(rows, depth)`` values that lie ``a_row`` and ``a_column`` values apart.
-        b: address of ``(depth, columns)`` values, rows ``b_stride`` apart and padded likewise.
-        rows: of ``a`` and ``c``.
-        columns: of ``b`` and ``c``.
-        depth: at least 1.
-        factor: address of one factor per column, or 0.
-    """
-    outlined()
-    size = like.itemsize
-    width = _TILE_COLUMNS_32 * 4 // size
-    for column in range(0, columns, width):
-        by = factor + column * size if factor else 0
-        for row in range(0, rows, _TILE_ROWS):
-            _tile(
-                like,
-                c + (row * c_stride + column) * size,
-                c_stride,
-                a + row * a_row * size,
-                a_row,
-                a_column,
-                b + column * size,
-                b_stride,
-                min(rows - row, _TILE_ROWS),
-                depth,
-                by,
-            )
+    def softplus(self, x: Any) -> Any:
+        """``log(1 + exp(x)) = max(x, 0) + log1p(u)``, ``u = exp(-|x|)``.
 
+        ``log1p(u) = 2 atanh(u / (2 + u))``, and u / (2 + u) is at most 1/3.
+        """
+        u = self.exp_minus_magnitude(x)
+        s = self.divide(u, self.add(u, self.constant(2.0)))
+        logarithm = self._twice_atanh(s, 7 if self.item_bytes == 4 else 16)
+        return self.add(self.relu(x), logarithm)
 
-@inner
-def product_where_weighted(
-    like: Any,
-    c: int,
-    c_stride: int,
-    a: int,
-    a_row: int,
-    a_column: int,
-    b: int,
-    b_stride: int,
-    rows: int,
-    columns: int,
-    depth: int,
-    factor: int,
-    weights_left: bool,
-) -> None:
-    """:func:`product` for values with NaN or Inf: where a weight is zero, nothing is added.
+    def log(self, x: Any) -> Any:
+        """Natural logarithm: ``n ln 2 + 2 atanh((m - 1) / (m + 1))``, ``x = 2^n m``.
 
-    The weights are ``a`` where ``weights_left``, else ``b``.
-    """
-    compact()
-    result, left, right = pointer(c, like), pointer(a, like), pointer(b, like)
-    by = pointer(factor, like)
-    for row in range(rows):
-        for column in range(columns):
-            place = row * c_stride + column
-            total = like.dtype.type(0)
-            for k in range(depth):
-                one, other = left[row * a_row + k * a_column], right[k * b_stride + column]
-                weight = one if weights_left else other
-                if weight != 0:
-                    total += one * other
-            if factor:
-                total += result[place] * by[column]
-            result[place] = total
+        ``m`` lies between sqrt(1/2) and sqrt(2). Denormal numbers count as 0.
+        """
+        mantissa: int = _EXP[self.item_bytes]["mantissa"]  # type: ignore[assignment]
+        builder, bits = self.builder, self.bits(x)
+        root_half = self.bits(self.constant(0.7071067811865476))
+        # The exponent after moving the mantissa's wrap-around from 1 down to sqrt(1/2).
+        n = builder.ashr(builder.sub(bits, root_half), self.integer_constant(mantissa))
+        m = self.floats(builder.sub(bits, builder.shl(n, self.integer_constant(mantissa))))
+        n = builder.sitofp(n, self.type)
+        less_one = self.subtract(m, self.constant(1.0))
+        s = self.divide(less_one, self.add(m, self.constant(1.0)))
+        high, low = _LOG_LN2[self.item_bytes]
+        logarithm = self._twice_atanh(s, 5 if self.item_bytes == 4 else 10)
+        result = self.multiply_add(n, self.constant(low), logarithm)
+        result = self.multiply_add(n, self.constant(high), result)
+        infinity = self.constant(float("inf"))
+        result = self.where(self.less(x, infinity), result, x)  # Inf and NaN stay
+        smallest = self.constant(2.0**-126 if self.item_bytes == 4 else 2.0**-1022)
+        result = self.where(self.less(x, smallest), self.constant(float("-inf")), result)
+        return self.where(self.less(x, self.constant(0.0)), self.constant(float("nan")), result)

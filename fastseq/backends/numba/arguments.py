@@ -1,0 +1,39 @@
+"""Where the drivers' arguments lie: one array of 64-bit integers, addresses and sizes."""
+
+from __future__ import annotations
+
+# [0:3] belong to fastseq.backends.numba.threads.
+STEPS = 3
+BATCH = 4
+HIDDEN = 5  # units that exist, H
+UNITS = 6  # units in a column of memory: H and what pads it to whole tiles
+DIRECTIONS = 7
+ALIVE = 8  # int64 [T]: sequences that take part in a step, never increasing
+STARTS = 9  # int64 [T]: row of the records that holds the first sequence of a step
+STRIDE = 10  # rows from one sequence to the next
+OUTPUT_STARTS = 11  # the same two for the output's rows
+OUTPUT_STRIDE = 12
+OUTPUT_WIDTH = 13  # elements of an output row, D*H
+OUTPUT = 14
+GRAD_OUTPUT = 15  # laid out as the output; 0 where no gradient arrives
+FEW = 16  # 1: sum up for few rows, see product.py
+COLUMNS = 17  # columns of a record
+SAVE = 18  # 1: forward keeps entries for backward
+PRODUCT = 19  # address of the compiled product
+COMMON = 20
+
+# From DIRECTION_FIRST + direction * DIRECTION_SIZE on:
+DIRECTION_FIRST = COMMON
+RECORDS = 0  # [rows, COLUMNS, UNITS]
+STATES = 1  # [B, states, UNITS]
+WEIGHTS = 2  # packed recurrent weights; 0 where there is no product left to do
+HIDDEN_BIAS = 3  # [slots of the recurrent product alone, UNITS]
+PARAMETERS = 4  # [parameters, UNITS]
+MASKS = 5  # [T or 1, B or 1, masks, UNITS]
+MASK_STEP = 6  # elements from step to step, and from sequence to sequence
+MASK_SEQUENCE = 7
+GRADIENTS = 8  # [rows, gradient columns, UNITS]
+STATE_GRADIENTS = 9  # [B, states, UNITS]
+DIRECTION_SIZE = 10
+
+SIZE = DIRECTION_FIRST + 2 * DIRECTION_SIZE

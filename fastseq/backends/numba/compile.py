@@ -1,0 +1,54 @@
+"""Compiling a kernel, or fetching it from Numba's cache on disk."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from numba import cfunc
+from numba.core import event
+
+__all__ = ["compiled", "sources_digest"]
+
+_RECURRENT = ("arguments", "intrinsics", "product", "vectors")
+_log = logging.getLogger("fastseq")
+
+
+@functools.cache
+def sources_digest(prefixes: tuple[str, ...] = _RECURRENT) -> str:
+    """Changes with the code that writes instructions; a closure over it is filed under it.
+
+    Numba itself watches the one file that a compiled function stands in. ``prefixes`` are those of
+    the names of the modules that the function is made of.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.name.startswith(prefixes):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+class _Announcement(event.Listener):  # type: ignore[misc,unused-ignore]
+    """Says once that something is being compiled, as the first pass of a compilation begins."""
+
+    said = False
+
+    def on_start(self, event: Any) -> None:
+        if not _Announcement.said:
+            _Announcement.said = True
+            _log.warning(
+                "fastseq: compiling a kernel with Numba on its first use; this takes a few seconds "
+                "per cell and dtype, and is kept on disk for the next run"
+            )
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+def compiled(signature: Any, function: Any) -> Any:
+    """``function`` as a C function, its code kept on disk where Numba finds a place to."""
+    with event.install_listener("numba:run_pass", _Announcement()):
+        return cfunc(signature, nopython=True, cache=True, error_model="numpy")(function)

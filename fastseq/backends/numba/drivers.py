@@ -1,0 +1,215 @@
+"""The loops over time, for any cell: forward, and backward through time.
+
+A task is one direction and every n-th of its sequences, from the first step to the last, so that
+threads never wait for each other. Sequences are dealt out in turn because packed ones come longest
+first. Matrix products that do not wait for the recurrence (with the input, and those of all weight
+gradients) are torch's and happen before and after, in ``recurrent.py``.
+
+Nothing in here is specific to a cell but its key, by which Numba files the compiled code.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from numba import types
+
+from fastseq.backends.numba.arguments import (
+    ALIVE,
+    COLUMNS,
+    DIRECTION_FIRST,
+    DIRECTION_SIZE,
+    DIRECTIONS,
+    FEW,
+    GRAD_OUTPUT,
+    GRADIENTS,
+    HIDDEN,
+    HIDDEN_BIAS,
+    MASK_SEQUENCE,
+    MASK_STEP,
+    MASKS,
+    OUTPUT,
+    OUTPUT_STARTS,
+    OUTPUT_STRIDE,
+    OUTPUT_WIDTH,
+    PARAMETERS,
+    PRODUCT,
+    RECORDS,
+    SAVE,
+    STARTS,
+    STATE_GRADIENTS,
+    STATES,
+    STEPS,
+    STRIDE,
+    UNITS,
+    WEIGHTS,
+)
+from fastseq.backends.numba.compile import compiled, sources_digest
+from fastseq.backends.numba.intrinsics import (
+    PLANS,
+    add_to,
+    cell_backward,
+    cell_forward,
+    copy,
+    fill_zero,
+    integer_at,
+    part_number,
+    product,
+)
+from fastseq.backends.numba.vectors import lanes
+from fastseq.cells.plan import Plan
+
+__all__ = ["backward_kernel", "forward_kernel"]
+
+_SIGNATURE = types.void(types.CPointer(types.int64))
+
+
+@functools.cache
+def forward_kernel(plan: Plan, item_bytes: int) -> Any:
+    """The forward driver of a cell."""
+    PLANS[plan.key] = plan
+    sources = sources_digest()  # part of the closure, and so of what Numba's cache goes by
+    key = plan.key
+    states = plan.states
+    recurrent_state = plan.recurrent_state
+    hidden_first = plan.hidden_first
+    hidden_only = plan.hidden_only
+    slots = len(plan.slots)
+    panel_columns = 2 * lanes(item_bytes)
+
+    def forward(a: Any) -> None:
+        sources  # noqa: B018
+        part, parts = part_number(a[0], a[1]), a[2]
+        directions, units, hidden = a[DIRECTIONS], a[UNITS], a[HIDDEN]
+        splits = (parts + directions - 1) // directions
+        record_size = a[COLUMNS] * units
+        for task in range(part, directions * splits, parts):
+            direction, first = task // splits, task % splits
+            d = DIRECTION_FIRST + direction * DIRECTION_SIZE
+            states_first = a[d + STATES] + first * states * units * item_bytes
+            panels = (slots - hidden_first) * units // panel_columns
+            for index in range(a[STEPS]):
+                t = a[STEPS] - 1 - index if direction else index
+                rows = (integer_at(a[ALIVE], t) - first + splits - 1) // splits
+                if rows <= 0:
+                    continue
+                row = integer_at(a[STARTS], t) + first * a[STRIDE]
+                record = a[d + RECORDS] + row * record_size * item_bytes
+                record_stride = splits * a[STRIDE] * record_size
+                if hidden_only < slots and a[d + HIDDEN_BIAS]:
+                    for i in range(rows):
+                        to = record + (i * record_stride + hidden_only * units) * item_bytes
+                        copy(item_bytes, to, a[d + HIDDEN_BIAS], (slots - hidden_only) * units)
+                if a[d + WEIGHTS]:
+                    left = states_first + recurrent_state * units * item_bytes
+                    to = record + hidden_first * units * item_bytes
+                    stride = splits * states * units
+                    product(
+                        a[PRODUCT],
+                        left,
+                        stride,
+                        rows,
+                        a[d + WEIGHTS],
+                        hidden,
+                        panels,
+                        to,
+                        record_stride,
+                        a[FEW],
+                    )
+                mask = a[d + MASKS] + (t * a[d + MASK_STEP] + first * a[d + MASK_SEQUENCE]) * item_bytes
+                out = integer_at(a[OUTPUT_STARTS], t) + first * a[OUTPUT_STRIDE]
+                output = a[OUTPUT] + (out * a[OUTPUT_WIDTH] + direction * hidden) * item_bytes
+                for i in range(rows):
+                    state = states_first + i * splits * states * units * item_bytes
+                    slot = record + i * record_stride * item_bytes
+                    factors = mask + i * splits * a[d + MASK_SEQUENCE] * item_bytes
+                    learned = a[d + PARAMETERS]
+                    if a[SAVE]:
+                        cell_forward(key, item_bytes, 1, units, slot, state, learned, factors)
+                    else:
+                        cell_forward(key, item_bytes, 0, units, slot, state, learned, factors)
+                    to = output + i * splits * a[OUTPUT_STRIDE] * a[OUTPUT_WIDTH] * item_bytes
+                    copy(item_bytes, to, state, hidden)
+
+    return compiled(_SIGNATURE, forward)
+
+
+@functools.cache
+def backward_kernel(plan: Plan, item_bytes: int) -> Any:
+    """The way back through time: gradients of slots, learned values and initial states."""
+    PLANS[plan.key] = plan
+    sources = sources_digest()
+    key = plan.key
+    states = plan.states
+    recurrent_state = plan.recurrent_state
+    hidden_first = plan.hidden_first
+    slots = len(plan.slots)
+    gradient_columns = plan.gradient_columns
+    panel_columns = 2 * lanes(item_bytes)
+
+    def backward(a: Any) -> None:
+        sources  # noqa: B018
+        part, parts = part_number(a[0], a[1]), a[2]
+        directions, units, hidden = a[DIRECTIONS], a[UNITS], a[HIDDEN]
+        splits = (parts + directions - 1) // directions
+        record_size, gradient_size = a[COLUMNS] * units, gradient_columns * units
+        for task in range(part, directions * splits, parts):
+            direction, first = task // splits, task % splits
+            d = DIRECTION_FIRST + direction * DIRECTION_SIZE
+            states_first = a[d + STATE_GRADIENTS] + first * states * units * item_bytes
+            panels = units // panel_columns
+            for index in range(a[STEPS]):
+                t = index if direction else a[STEPS] - 1 - index
+                rows = (integer_at(a[ALIVE], t) - first + splits - 1) // splits
+                if rows <= 0:
+                    continue
+                row = integer_at(a[STARTS], t) + first * a[STRIDE]
+                record = a[d + RECORDS] + row * record_size * item_bytes
+                record_stride = splits * a[STRIDE] * record_size
+                gradient = a[d + GRADIENTS] + row * gradient_size * item_bytes
+                gradient_stride = splits * a[STRIDE] * gradient_size
+                mask = a[d + MASKS] + (t * a[d + MASK_STEP] + first * a[d + MASK_SEQUENCE]) * item_bytes
+                out = integer_at(a[OUTPUT_STARTS], t) + first * a[OUTPUT_STRIDE]
+                output = a[GRAD_OUTPUT] + (out * a[OUTPUT_WIDTH] + direction * hidden) * item_bytes
+                for i in range(rows):
+                    state = states_first + i * splits * states * units * item_bytes
+                    if a[GRAD_OUTPUT]:
+                        arriving = i * splits * a[OUTPUT_STRIDE] * a[OUTPUT_WIDTH] * item_bytes
+                        add_to(item_bytes, state, output + arriving, hidden)
+                    to = gradient + i * gradient_stride * item_bytes
+                    cell_backward(
+                        key,
+                        item_bytes,
+                        units,
+                        record + i * record_stride * item_bytes,
+                        to,
+                        state,
+                        a[d + PARAMETERS],
+                        mask + i * splits * a[d + MASK_SEQUENCE] * item_bytes,
+                    )
+                    if hidden < units:
+                        # What pads a column may be NaN, and the products to come would spread it.
+                        for column in range(gradient_columns):
+                            pad = to + (column * units + hidden) * item_bytes
+                            fill_zero(item_bytes, pad, units - hidden)
+                if a[d + WEIGHTS]:
+                    to = states_first + recurrent_state * units * item_bytes
+                    stride = splits * states * units
+                    for slot in range(hidden_first, slots):
+                        left = gradient + slot * units * item_bytes
+                        weights = a[d + WEIGHTS] + (slot - hidden_first) * hidden * units * item_bytes
+                        product(
+                            a[PRODUCT],
+                            left,
+                            gradient_stride,
+                            rows,
+                            weights,
+                            hidden,
+                            panels,
+                            to,
+                            stride,
+                            a[FEW],
+                        )
+
+    return compiled(_SIGNATURE, backward)
