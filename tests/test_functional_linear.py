@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels import needs_extension
 from linear_oracle import ACTIVATIONS, TORCH, Case, check
 from oracle import every_tier
 
@@ -128,6 +129,7 @@ def test_nan_and_infinity_through_the_activation(activation: str) -> None:
             )
 
 
+@needs_extension
 def test_rows_inside_a_wider_tensor_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row stride and a unit last stride are all that the kernels ask for."""
     from fastseq.backends import cpu_linear

@@ -22,6 +22,7 @@ from fastseq._ops.shared import (
     PLAIN_TYPES,
     has_lazy_negation,
     is_watched,
+    lacks_kernels,
     library,
     needs_gradient,
     or_empty,
@@ -76,7 +77,7 @@ _are_transforms_active = torch._C._are_functorch_transforms_active
 def _kernels() -> Any:
     """The module of the backend in use that has the kernels."""
     global _cpu_module, _numba_module
-    if _config._backend == "numba":
+    if (_config._backend or _config.backend_name()) == "numba":
         if _numba_module is None:
             from fastseq.backends.numba import attention as _numba_module
         return _numba_module
@@ -393,7 +394,9 @@ def plain_attention(
         or _config._backend != "cpu"
     ):
         return None
-    result: Tensor | None = _kernels().plain_attention(query, key, value, is_causal, enable_gqa, scale)
+    result: Tensor | None = _kernels().plain_attention(
+        query, key, value, is_causal, enable_gqa, scale
+    )
     return result
 
 
@@ -426,7 +429,9 @@ def attention(
     save = needs_gradient(differentiable)
     compiling = torch.compiler.is_compiling()
     # A compiler asks for the gradient of every output, and that of the weights is a composite.
-    if (compiling and save and weights) or (not compiling and wants_composite(_WITH_KERNELS)):
+    composite = lacks_kernels(_WITH_KERNELS)
+    composite = composite or (not compiling and wants_composite(_WITH_KERNELS))
+    if composite or (compiling and save and weights):
         return reference_attention.attention(query, key, value, terms, options, weights)
     output, lse, _, _, probabilities = torch.ops.fastseq.attention_forward(
         query, key, value, *terms, *options, save, weights

@@ -247,7 +247,7 @@ def attention_backward(
 ) -> Gradients:
     """Gradients of query, key, value, bias and sinks; ``None`` where not asked for."""
     sizes = _sizes(query, key, value, terms)
-    batch, heads, kv_heads, queries, keys, size, _ = sizes
+    batch, heads, kv_heads, _, keys, size, _ = sizes
     bias, sinks = terms.bias, terms.sinks
     grad_query = empty_heads(query, size) if needs[0] else None
     grad_key = empty_heads(key, key.size(-1)) if needs[1] else None

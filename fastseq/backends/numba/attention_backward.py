@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from fastseq.backends.numba.attention_problem import (
     CAP,
     KEPT_SCALE,
@@ -310,9 +311,7 @@ def _add_rows(
     b = address_of(rows) + first * width * item
     a, by = address_of(weights), address_of(ones)
     if plain:
-        product(
-            like, c, width, a, PANEL, 1, b, width, round_up(count, ROWS), width, queries, by
-        )
+        product(like, c, width, a, PANEL, 1, b, width, round_up(count, ROWS), width, queries, by)
     else:
         product_where_weighted(
             like, c, width, a, PANEL, 1, b, width, count, size, queries, by, True
@@ -511,9 +510,7 @@ def _run_head(
             block.grad_value[:, :] = 0
             for p in range(query_begin // PANEL, (query_end - 1) // PANEL + 1):
                 rows = min(PANEL, span.queries - p * PANEL)
-                panel = make_panel(
-                    span, batch, head, p * PANEL, rows
-                )
+                panel = make_panel(span, batch, head, p * PANEL, rows)
                 seen_begin, seen_end = visible(problem, span, panel.first, panel.last)
                 seen_begin, seen_end = max(seen_begin, begin), min(seen_end, end)
                 if seen_end > seen_begin:

@@ -12,13 +12,13 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from fastseq.backends.numba.attention_problem import (
     KEPT_SCALE,
     KEY_BLOCK,
     PANEL,
     REST,
     Problem,
-    Rows,
     Span,
     copied_stride,
     heads_at,
@@ -41,7 +41,16 @@ from fastseq.backends.numba.attention_scores import (
     weighted_product,
 )
 from fastseq.backends.numba.elementary import exponential
-from fastseq.backends.numba.tiles import ROWS, address_of, compact, inner, outlined, pointer, round_up, wide_vectors
+from fastseq.backends.numba.tiles import (
+    ROWS,
+    address_of,
+    compact,
+    inner,
+    outlined,
+    pointer,
+    round_up,
+    wide_vectors,
+)
 
 __all__ = ["forward_piece"]
 

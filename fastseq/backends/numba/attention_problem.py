@@ -216,8 +216,6 @@ def span_of(problem: Problem, b: int) -> Span:
     return Span(queries, keys, query_start, key_start, shift, first, last)
 
 
-
-
 @inner
 def byte_pointer(address: int) -> Any:
     """The address as a pointer to bytes."""
@@ -250,10 +248,7 @@ def seen_from(problem: Problem, span: Span, first: int, last: int) -> Any:
 def plain_scores(problem: Problem, numbers: Any) -> bool:
     """The score is a positive multiple of the product of query and key."""
     return (
-        numbers[CAP] == 0
-        and not problem.bias.address
-        and not problem.slopes
-        and numbers[SCALE] > 0
+        numbers[CAP] == 0 and not problem.bias.address and not problem.slopes and numbers[SCALE] > 0
     )
 
 

@@ -286,9 +286,7 @@ def score_block(
     lowest = numbers.dtype.type(-np.inf)
     hides = False
     if not plain_scores(problem, numbers):
-        hides = _transform(
-            problem, numbers, panel, span, begin, count, scores, scratch, cap_slope
-        )
+        hides = _transform(problem, numbers, panel, span, begin, count, scores, scratch, cap_slope)
     in_window = (problem.window_left < 0 or begin >= panel.last - problem.window_left) and (
         problem.window_right < 0 or end - 1 <= panel.first + problem.window_right
     )
@@ -342,7 +340,7 @@ def weighted_product(
     depth: int,
     factor: int,
 ) -> None:
-    """``c (size, PANEL) = c * factor + rows^T weights``; a block that hides pairs hides NaN, too."""
+    """``c (size, PANEL) = c * factor + rows^T weights``; hidden pairs hide NaN and Inf."""
     if kind != WHOLE and not all_finite(like, rows, stride, depth, size):
         product_where_weighted(
             like, c, PANEL, rows, 1, stride, weights, PANEL, size, PANEL, depth, factor, False

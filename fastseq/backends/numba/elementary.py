@@ -20,7 +20,7 @@ __all__ = ["exponential", "hyperbolic_tangent"]
 
 
 @intrinsic
-def _power_of_two(typingctx: Any, shifted: Any) -> Any:  # noqa: ARG001
+def _power_of_two(typingctx: Any, shifted: Any) -> Any:
     """2^n from ``n + 1.5 * 2^digits``, whose last bits are the integer n."""
     digits, bias = (23, 127) if shifted == types.float32 else (52, 1023)
 

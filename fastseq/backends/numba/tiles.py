@@ -15,7 +15,17 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-__all__ = ["address_of", "compact", "inner", "outlined", "pointer", "product", "product_where_weighted", "round_up", "wide_vectors"]
+__all__ = [
+    "address_of",
+    "compact",
+    "inner",
+    "outlined",
+    "pointer",
+    "product",
+    "product_where_weighted",
+    "round_up",
+    "wide_vectors",
+]
 
 # Multiply-adds may be fused, as in the C++ kernels. Nothing that reorders sums or assumes away NaN
 # and Inf: reordering would break the split of an exponent in elementary.py, and hidden keys may
@@ -53,7 +63,7 @@ def address_of(array: Any) -> int:
 
 
 @intrinsic
-def pointer(typingctx: Any, address: Any, like: Any) -> Any:  # noqa: ARG001
+def pointer(typingctx: Any, address: Any, like: Any) -> Any:
     """The address as a pointer to values of the array ``like``'s type; negative indices are real."""
     sig = types.CPointer(like.dtype)(address, like)
 
@@ -64,7 +74,7 @@ def pointer(typingctx: Any, address: Any, like: Any) -> Any:  # noqa: ARG001
 
 
 @intrinsic
-def take(typingctx: Any, counter: Any) -> Any:  # noqa: ARG001
+def take(typingctx: Any, counter: Any) -> Any:
     """The number at an address, which goes up by one: no two threads get the same."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -76,7 +86,7 @@ def take(typingctx: Any, counter: Any) -> Any:  # noqa: ARG001
 
 
 @intrinsic
-def wide_vectors(typingctx: Any) -> Any:  # noqa: ARG001
+def wide_vectors(typingctx: Any) -> Any:
     """Called in a function: have its loops use the widest vectors, of which LLVM is shy on x86."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -89,7 +99,7 @@ def wide_vectors(typingctx: Any) -> Any:  # noqa: ARG001
 
 
 @intrinsic
-def outlined(typingctx: Any) -> Any:  # noqa: ARG001
+def outlined(typingctx: Any) -> Any:
     """Called in a function: LLVM keeps it one function, which is compiled once and not per call."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -100,7 +110,7 @@ def outlined(typingctx: Any) -> Any:  # noqa: ARG001
 
 
 @intrinsic
-def compact(typingctx: Any) -> Any:  # noqa: ARG001
+def compact(typingctx: Any) -> Any:
     """Called in a function that takes little of the time: LLVM keeps it one small function."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
