@@ -14,7 +14,14 @@ import pytest
 import fastseq
 from fastseq import _config
 
-__all__ = ["HAS_EXTENSION", "KERNELS", "TIERS", "needs_extension", "on_tier", "skip_without_extension"]
+__all__ = [
+    "HAS_EXTENSION",
+    "KERNELS",
+    "TIERS",
+    "needs_extension",
+    "on_tier",
+    "skip_without_extension",
+]
 
 # The backend that answers where nobody chooses another.
 KERNELS = _config.backend_name()

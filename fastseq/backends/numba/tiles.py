@@ -24,6 +24,7 @@ __all__ = [
     "product",
     "product_where_weighted",
     "round_up",
+    "take",
     "wide_vectors",
 ]
 
@@ -64,7 +65,7 @@ def address_of(array: Any) -> int:
 
 @intrinsic
 def pointer(typingctx: Any, address: Any, like: Any) -> Any:
-    """The address as a pointer to values of the array ``like``'s type; negative indices are real."""
+    """The address as a pointer to values of ``like``'s type; an index may be negative."""
     sig = types.CPointer(like.dtype)(address, like)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -257,10 +258,14 @@ def product(
 
     Args:
         like: an array of the dtype.
-        c: address of the result, ``c_stride`` values from row to row. Rows are written up to a
-            multiple of ``ROWS``, columns up to one of ``COLUMNS``.
-        a: address of ``(rows, depth)`` values that lie ``a_row`` and ``a_column`` values apart.
-        b: address of ``(depth, columns)`` values, rows ``b_stride`` apart and padded likewise.
+        c: address of the result. Rows are written up to a multiple of ``ROWS``, columns up to one
+            of ``COLUMNS``.
+        c_stride: values from row to row.
+        a: address of ``(rows, depth)`` values.
+        a_row: values from row to row.
+        a_column: values from column to column.
+        b: address of ``(depth, columns)`` values, columns padded likewise.
+        b_stride: values from row to row.
         rows: of ``a`` and ``c``.
         columns: of ``b`` and ``c``.
         depth: at least 1.
