@@ -210,9 +210,13 @@ def attention_forward(
     query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
     terms = _dense_terms(terms)
     integers = _problem(sizes, query, key, value, terms, options)
-    merges = heads > kv_heads and queries < PANEL and probabilities is None
+    longest = queries
+    if terms.query_starts is not None:
+        longest = int(terms.query_starts.diff().max())
+    # Where queries are few, the rows of all heads that share keys make one list.
+    merges = heads > kv_heads and longest < PANEL and probabilities is None
     lists = kv_heads if merges else heads
-    panels = -(-queries * (heads // kv_heads if merges else 1) // PANEL)
+    panels = -(-longest * (heads // kv_heads if merges else 1) // PANEL)
     averages = weights == WEIGHTS_MEAN
     count = batch * (1 if averages else lists) * panels
     integers += [

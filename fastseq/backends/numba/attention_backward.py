@@ -110,9 +110,9 @@ class Block(NamedTuple):
 
 
 @inner
-def _new_head(problem: Problem, numbers: Any) -> PackedHead:
+def _new_head(problem: Problem, numbers: Any, queries: int) -> PackedHead:
     compact()
-    panels, dtype = (problem.queries + PANEL - 1) // PANEL, numbers.dtype
+    panels, dtype = (queries + PANEL - 1) // PANEL, numbers.dtype
     rows, size, value_size = panels * PANEL, problem.size, problem.value_size
     return PackedHead(
         np.empty((panels, size, PANEL), dtype),
@@ -621,12 +621,15 @@ def backward_piece(integers: Any, numbers: Any, piece: int) -> None:
     """The heads of a unit, one after another: their gradients are added to the same elements."""
     problem = problem_of(integers)
     splits, batches, heads = integers[SPLITS], integers[UNIT_BATCHES], integers[UNIT_HEADS]
-    packed, block = _new_head(problem, numbers), _new_block(problem, numbers)
-    scratch = new_scratch(problem, numbers)
+    block, scratch = _new_block(problem, numbers), new_scratch(problem, numbers)
     unit, split = piece // splits, piece % splits
     heads_apart = problem.kv_heads // heads
     first_batch, first_head = unit // heads_apart * batches, unit % heads_apart * heads
     group = problem.heads // problem.kv_heads
+    longest = np.int64(0)
+    for batch in range(first_batch, first_batch + batches):
+        longest = max(longest, span_of(problem, batch).queries)
+    packed = _new_head(problem, numbers, longest)
     for batch in range(first_batch, first_batch + batches):
         for kv_head in range(first_head, first_head + heads):
             for member in range(group):

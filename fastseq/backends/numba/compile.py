@@ -40,8 +40,8 @@ class _Announcement(event.Listener):  # type: ignore[misc,unused-ignore]
         if not _Announcement.said:
             _Announcement.said = True
             _log.warning(
-                "fastseq: compiling a kernel with Numba on its first use; this takes a few seconds "
-                "per cell and dtype, and is kept on disk for the next run"
+                "fastseq: compiling a kernel with Numba on its first use; per dtype, this takes a "
+                "few seconds for a cell and some 25 for attention, and is kept on disk for the next run"
             )
 
     def on_end(self, event: Any) -> None:

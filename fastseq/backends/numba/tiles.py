@@ -39,15 +39,11 @@ def inner(function: Any) -> Any:
     return njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
 
 
-def _vector_bytes() -> int:
-    features = llvm.get_host_cpu_features()
-    return 64 if features.get("avx512f") else 32 if features.get("avx") else 16
-
-
+_FEATURES = dict(llvm.get_host_cpu_features())
+_VECTOR_BYTES = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx") else 16
 # A tile is this many rows by two vectors of columns: as many sums as hide the latency of a
-# multiply-add, and no more than there are registers for.
-_VECTOR_BYTES = _vector_bytes()
-_TILE_ROWS = 4 if _VECTOR_BYTES == 32 else 8
+# multiply-add, and no more than there are registers for: 16 on x86 before AVX-512, else 32.
+_TILE_ROWS = 4 if _FEATURES.get("sse2") and _VECTOR_BYTES < 64 else 8
 _TILE_VECTORS = 2
 _TILE_COLUMNS_32 = _TILE_VECTORS * _VECTOR_BYTES // 4
 
