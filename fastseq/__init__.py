@@ -12,9 +12,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastseq import functional, generation, integrations, nn
+    from fastseq import cells, functional, generation, integrations, nn
     from fastseq._config import backend, capabilities, isa, linear_product, set_isa
     from fastseq.backends import FastseqFallbackWarning
+    from fastseq.cells import cell
     from fastseq.convert import Report, convert, revert
     from fastseq.generation import Beam, Greedy, Sample, generate
     from fastseq.patch import patch_sdpa
@@ -35,6 +36,7 @@ _HOME = {
     "Sample": "generation",
     "backend": "_config",
     "capabilities": "_config",
+    "cell": "cells",
     "convert": "convert",
     "generate": "generation",
     "isa": "_config",
@@ -44,7 +46,7 @@ _HOME = {
     "revert": "convert",
     "set_isa": "_config",
 }
-_SUBMODULES = ("functional", "generation", "integrations", "nn")
+_SUBMODULES = ("cells", "functional", "generation", "integrations", "nn")
 
 __all__ = [
     "Beam",
@@ -56,6 +58,8 @@ __all__ = [
     "__version__",
     "backend",
     "capabilities",
+    "cell",
+    "cells",
     "convert",
     "functional",
     "generate",

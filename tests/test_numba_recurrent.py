@@ -61,7 +61,10 @@ def covering_cases() -> list[Case]:
 DEEP = [
     Case("gru", steps=2, batch=23, input_size=3, hidden_size=300),
     Case("lstm", steps=2, batch=1, input_size=300, hidden_size=258, dtype="float64"),
-    *(Case("rnn_tanh", steps=2, batch=batch, input_size=2, hidden_size=33) for batch in range(4, 25)),
+    *(
+        Case("rnn_tanh", steps=2, batch=batch, input_size=2, hidden_size=33)
+        for batch in range(4, 25)
+    ),
 ]
 
 

@@ -101,7 +101,20 @@ def test_opcheck_rnn_backward(case: Case) -> None:
         needs = [n and t is not None for n, t in zip(needs, (x, hx, cx, *weights), strict=True)]
         torch.library.opcheck(
             torch.ops.fastseq.rnn_backward.default,
-            (*grads, x, hx, cx, weights, output, reserve, batch_sizes, lengths, *options, needs, RESERVE_LAYOUT),
+            (
+                *grads,
+                x,
+                hx,
+                cx,
+                weights,
+                output,
+                reserve,
+                batch_sizes,
+                lengths,
+                *options,
+                needs,
+                RESERVE_LAYOUT,
+            ),
             # There is no formula for its own gradient: double backward goes another way.
             test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
         )
@@ -352,6 +365,6 @@ def test_the_schema_is_closed() -> None:
     """These ops are all that is registered; another one belongs into these tests."""
     assert _ops.library._op_defs == {
         f"fastseq::{stem}_{direction}"
-        for stem in ("rnn", "attention", "linear", "norm")
+        for stem in ("rnn", "attention", "linear", "norm", "cell")
         for direction in ("forward", "backward")
     }

@@ -69,9 +69,7 @@ class Cell:
         chosen = (recurrent_dropout, zoneout)
         if chosen not in self._plans:
             outputs, masks, state = regularised(self.outputs, *chosen)
-            self._plans[chosen] = make_plan(
-                outputs, self.gates, len(self.parameters), masks, state
-            )
+            self._plans[chosen] = make_plan(outputs, self.gates, len(self.parameters), masks, state)
         return self._plans[chosen]
 
     def __reduce__(self) -> Any:

@@ -32,9 +32,7 @@ def gradients(
         add(output, gradient)
     for node in reversed(topological(outputs)):
         if node in found and node.arguments:
-            for argument, passed in zip(
-                node.arguments, _passed_on(node, found[node]), strict=True
-            ):
+            for argument, passed in zip(node.arguments, _passed_on(node, found[node]), strict=True):
                 if passed is not None:
                     add(argument, passed)
     return [found.get(node, constant(0.0)) for node in wanted]

@@ -7,6 +7,7 @@ them out, and :func:`torch.nn.functional.scaled_dot_product_attention`.
 from __future__ import annotations
 
 from fastseq.functional.attention import attention, attention_paged, attention_varlen
+from fastseq.functional.cells import cell_layers
 from fastseq.functional.linear import linear
 from fastseq.functional.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastseq.functional.recurrent import (
@@ -31,6 +32,7 @@ __all__ = [
     "attention",
     "attention_paged",
     "attention_varlen",
+    "cell_layers",
     "gru",
     "gru_cell",
     "layer_norm",

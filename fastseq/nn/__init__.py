@@ -2,6 +2,7 @@
 
 from fastseq.nn.attention import MultiheadAttention
 from fastseq.nn.cache import KeyValueCache
+from fastseq.nn.cell_layer import CellLayer
 from fastseq.nn.cells import GRUCell, LSTMCell, RNNCell
 from fastseq.nn.decoder_cache import DecoderCache, DecoderLayerCache
 from fastseq.nn.linear import Linear
@@ -17,6 +18,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "CellLayer",
     "DecoderCache",
     "DecoderLayerCache",
     "GRUCell",

@@ -117,7 +117,10 @@ def forward_kernel(plan: Plan, item_bytes: int) -> Any:
                         record_stride,
                         a[FEW],
                     )
-                mask = a[d + MASKS] + (t * a[d + MASK_STEP] + first * a[d + MASK_SEQUENCE]) * item_bytes
+                mask = (
+                    a[d + MASKS]
+                    + (t * a[d + MASK_STEP] + first * a[d + MASK_SEQUENCE]) * item_bytes
+                )
                 out = integer_at(a[OUTPUT_STARTS], t) + first * a[OUTPUT_STRIDE]
                 output = a[OUTPUT] + (out * a[OUTPUT_WIDTH] + direction * hidden) * item_bytes
                 for i in range(rows):
@@ -169,7 +172,10 @@ def backward_kernel(plan: Plan, item_bytes: int) -> Any:
                 record_stride = splits * a[STRIDE] * record_size
                 gradient = a[d + GRADIENTS] + row * gradient_size * item_bytes
                 gradient_stride = splits * a[STRIDE] * gradient_size
-                mask = a[d + MASKS] + (t * a[d + MASK_STEP] + first * a[d + MASK_SEQUENCE]) * item_bytes
+                mask = (
+                    a[d + MASKS]
+                    + (t * a[d + MASK_STEP] + first * a[d + MASK_SEQUENCE]) * item_bytes
+                )
                 out = integer_at(a[OUTPUT_STARTS], t) + first * a[OUTPUT_STRIDE]
                 output = a[GRAD_OUTPUT] + (out * a[OUTPUT_WIDTH] + direction * hidden) * item_bytes
                 for i in range(rows):
@@ -198,7 +204,9 @@ def backward_kernel(plan: Plan, item_bytes: int) -> Any:
                     stride = splits * states * units
                     for slot in range(hidden_first, slots):
                         left = gradient + slot * units * item_bytes
-                        weights = a[d + WEIGHTS] + (slot - hidden_first) * hidden * units * item_bytes
+                        weights = (
+                            a[d + WEIGHTS] + (slot - hidden_first) * hidden * units * item_bytes
+                        )
                         product(
                             a[PRODUCT],
                             left,

@@ -188,7 +188,9 @@ def tile(
         columns = 2 * v.count
         bytes_per_item = _number(width)
         starts = [
-            builder.add(left_address, builder.mul(builder.mul(left_step, _number(r)), bytes_per_item))
+            builder.add(
+                left_address, builder.mul(builder.mul(left_step, _number(r)), bytes_per_item)
+            )
             for r in range(count)
         ]
         before = builder.block
@@ -244,9 +246,7 @@ def tile(
             builder.unreachable()
             builder.position_at_end(done)
         else:
-            builder.cbranch(
-                builder.icmp_signed("<", rest_start, terms_count), rest_loop, done
-            )
+            builder.cbranch(builder.icmp_signed("<", rest_start, terms_count), rest_loop, done)
             builder.position_at_end(rest_loop)
             k = builder.phi(_INT64)
             k.add_incoming(rest_start, rest)
@@ -300,9 +300,7 @@ def _values(v: Vectors, outputs: Any, leaves: dict[Any, Any]) -> dict[Any, Any]:
     return values
 
 
-def _over_units(
-    builder: ir.IRBuilder, item_bytes: int, units: Any
-) -> Any:
+def _over_units(builder: ir.IRBuilder, item_bytes: int, units: Any) -> Any:
     v = Vectors(builder, item_bytes)
     return v, cgutils.for_range_slice(builder, _number(0), units, _number(v.count))
 

@@ -26,6 +26,11 @@ from fastseq.backends.numba.layout import (
 )
 from fastseq.backends.numba.product import FEW_ROWS, product_kernel
 from fastseq.backends.numba.vectors import lanes
+from fastseq.backends.reference_cells import (
+    CellWeights,
+    direction_weights,
+    weights_per_direction,
+)
 from fastseq.cells.plan import Plan
 
 __all__ = ["Gradients", "backward", "forward", "padded_units", "reserve_elements"]
@@ -37,16 +42,6 @@ class Gradients(NamedTuple):
     input: Tensor | None
     states: list[Tensor | None]
     weights: list[Tensor | None]
-
-
-class _Weights(NamedTuple):
-    """The weights of one direction, in the order in which layers hold them."""
-
-    input: Tensor | None
-    hidden: Tensor | None
-    input_bias: Tensor | None
-    hidden_bias: Tensor | None
-    parameters: Sequence[Tensor]
 
 
 class _Call(NamedTuple):
@@ -74,24 +69,6 @@ def reserve_elements(
 ) -> int:
     """Elements of what forward keeps for backward; sizes may be symbolic."""
     return rows * directions * plan.columns * padded_units(hidden_size, item_bytes)
-
-
-def weights_per_direction(plan: Plan, has_biases: bool) -> int:
-    """How many tensors a layer holds for one direction."""
-    matrices = bool(plan.input_gates) + bool(plan.hidden_gates)
-    return matrices * (2 if has_biases else 1) + plan.parameters
-
-
-def _direction_weights(
-    plan: Plan, weights: Sequence[Tensor], has_biases: bool, direction: int
-) -> _Weights:
-    count = weights_per_direction(plan, has_biases)
-    rest = list(weights[direction * count : (direction + 1) * count])
-    w_ih = rest.pop(0) if plan.input_gates else None
-    w_hh = rest.pop(0) if plan.hidden_gates else None
-    b_ih = rest.pop(0) if plan.input_gates and has_biases else None
-    b_hh = rest.pop(0) if plan.hidden_gates and has_biases else None
-    return _Weights(w_ih, w_hh, b_ih, b_hh, rest)
 
 
 def _hidden_size(plan: Plan, weights: Sequence[Tensor]) -> int:
@@ -227,9 +204,7 @@ class _Arguments:
             size = masks.size(3) * masks.size(4)
             sequences = masks.size(2) > 1
             self.values[first + at.MASK_SEQUENCE] = size if sequences else 0
-            self.values[first + at.MASK_STEP] = (
-                size * masks.size(2) if masks.size(1) > 1 else 0
-            )
+            self.values[first + at.MASK_STEP] = size * masks.size(2) if masks.size(1) > 1 else 0
 
     def run(self, kernel: object) -> None:
         """Run the kernel on as many threads as torch uses."""
@@ -289,6 +264,8 @@ def forward(
             how.batch_sizes,
             save,
             batch=lengths.numel(),
+            # The reserve's size must not depend on values: graphs are recorded without them.
+            capacity=steps * lengths.numel(),
         )
         output = _scattered(packed, how, (*input.shape[:-1], packed.size(1)))
         back = torch.argsort(how.order)
@@ -305,9 +282,7 @@ def _scattered(packed: Tensor, how: Ragged, shape: Sequence[int]) -> Tensor:
     return padded
 
 
-def _ordered(
-    states: Sequence[Tensor | None], order: Tensor, like: Tensor
-) -> list[Tensor | None]:
+def _ordered(states: Sequence[Tensor | None], order: Tensor, like: Tensor) -> list[Tensor | None]:
     return [None if state is None else state.index_select(1, order) for state in states]
 
 
@@ -327,6 +302,7 @@ def _forward(
     batch_sizes: Tensor | None,
     save: bool,
     batch: int | None = None,
+    capacity: int = 0,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     call = _describe(plan, input, weights, bidirectional, batch_first, batch_sizes)
     if batch is not None:
@@ -334,7 +310,9 @@ def _forward(
     units, hidden, directions = call.units, call.hidden, call.directions
     columns = plan.columns if save else len(plan.slots)
     row_count = call.rows.size(0)
-    records = input.new_empty((directions, row_count, columns * units))
+    size = directions * columns * units
+    reserve = input.new_empty(max(row_count, capacity) * size)
+    records = reserve[: row_count * size].view(directions, row_count, columns * units)
     output = input.new_empty((*input.shape[:-1], directions * hidden))
     carried = _initial_states(plan, states, masks, call, input)
     arguments = _Arguments(plan, call)
@@ -342,7 +320,7 @@ def _forward(
     arguments.address(at.OUTPUT, output)
     arguments.masks(_padded_masks(masks, units, input))
     for direction in range(directions):
-        w = _direction_weights(plan, weights, has_biases, direction)
+        w = direction_weights(plan, weights, has_biases, direction)
         if call.steps > 1:
             _input_product(plan, call, w, records[direction])
         else:
@@ -365,7 +343,7 @@ def _forward(
     kept = plan.states - (plan.recurrent_state > 0)
     # Not views of one tensor: an op's results must not share memory.
     final = [carried[:, :, index, :hidden].contiguous() for index in range(kept)]
-    return output, final, records.view(-1) if save else None
+    return output, final, reserve if save else None
 
 
 def _initial_states(
@@ -381,13 +359,13 @@ def _initial_states(
     for index, state in enumerate(states):
         if state is not None:
             carried[:, :, index, : call.hidden] = state
-    if plan.recurrent_state and states[0] is not None:
+    if plan.recurrent_state and states and states[0] is not None:
         assert masks is not None
         carried[:, :, plan.recurrent_state, : call.hidden] = states[0] * masks[:, 0, :, -1]
     return carried
 
 
-def _input_product(plan: Plan, call: _Call, w: _Weights, records: Tensor) -> None:
+def _input_product(plan: Plan, call: _Call, w: CellWeights, records: Tensor) -> None:
     """``W_ih x + b_ih``, and ``b_hh`` of gates that are sums, into the slots of all rows."""
     if w.input is None:
         return
@@ -407,9 +385,7 @@ def _input_product(plan: Plan, call: _Call, w: _Weights, records: Tensor) -> Non
     torch.addmm(bias, call.rows, matrix.t(), out=slots)
 
 
-def _both_products(
-    plan: Plan, call: _Call, w: _Weights, states: Tensor, records: Tensor
-) -> None:
+def _both_products(plan: Plan, call: _Call, w: CellWeights, states: Tensor, records: Tensor) -> None:
     """All slots of a single step, from weights as they lie: packing them would take longer."""
     units, hidden = call.units, call.hidden
     from_input = from_hidden = None
@@ -514,7 +490,8 @@ def _backward(
         call = call._replace(batch=batch)
     units, hidden, directions = call.units, call.hidden, call.directions
     row_count = call.rows.size(0)
-    records = reserve.view(directions, row_count, plan.columns * units)
+    size = directions * plan.columns * units
+    records = reserve[: row_count * size].view(directions, row_count, plan.columns * units)
     gradients = input.new_empty((directions, row_count, plan.gradient_columns * units))
     carried = input.new_zeros((directions, call.batch, plan.states, units))
     for index, grad in enumerate(grad_states):
@@ -525,7 +502,7 @@ def _backward(
         arguments.address(at.GRAD_OUTPUT, grad_output.contiguous())
     arguments.masks(_padded_masks(masks, units, input))
     by_direction = [
-        _direction_weights(plan, weights, has_biases, direction) for direction in range(directions)
+        direction_weights(plan, weights, has_biases, direction) for direction in range(directions)
     ]
     for direction, w in enumerate(by_direction):
         arguments.of_direction(direction, at.RECORDS, records[direction])
@@ -562,7 +539,7 @@ def _backward(
 
 
 def _input_gradient(
-    plan: Plan, call: _Call, by_direction: Sequence[_Weights], gradients: Tensor, input: Tensor
+    plan: Plan, call: _Call, by_direction: Sequence[CellWeights], gradients: Tensor, input: Tensor
 ) -> Tensor:
     """``sum over directions of gradient of W_ih x @ W_ih``, laid out as the input's rows are."""
     units, gates = call.units, plan.input_gates
@@ -592,7 +569,7 @@ def _input_gradient(
 def _weight_gradients(
     plan: Plan,
     call: _Call,
-    w: _Weights,
+    w: CellWeights,
     gradients: Tensor,
     records: Tensor,
     needs: Sequence[bool],

@@ -58,7 +58,10 @@ _EXP = {
 }
 _INVERSE_LN2 = 1.44269504088896340735992468100189214
 # log(2) in two parts for log: n * high is exact.
-_LOG_LN2 = {4: (0.693359375, -2.12194440e-4), 8: (6.93147180369123816490e-1, 1.90821492927058770002e-10)}
+_LOG_LN2 = {
+    4: (0.693359375, -2.12194440e-4),
+    8: (6.93147180369123816490e-1, 1.90821492927058770002e-10),
+}
 
 
 @functools.cache
@@ -259,7 +262,8 @@ class Vectors:
         p = self.multiply_add(self.multiply(r, r), q, r)
         # The low mantissa bits of `shifted` hold n; moved up into the exponent they make 2^n.
         moved = self.builder.shl(
-            self.bits(shifted), self.integer_constant(known["mantissa"])  # type: ignore[arg-type]
+            self.bits(shifted),
+            self.integer_constant(known["mantissa"]),  # type: ignore[arg-type]
         )
         return self.floats(self.builder.add(moved, self.bits(self.constant(1.0)))), p
 
