@@ -115,6 +115,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         torch.testing.assert_close(output[untouched], clean[untouched], rtol=1e-5, atol=1e-5)
 
 
+@needs_extension
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
 def test_nan_and_infinity_through_the_activation(activation: str) -> None:
     """The limits, where torch's own GELU of infinity is NaN."""

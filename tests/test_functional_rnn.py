@@ -222,6 +222,7 @@ def test_single_gradients(cell: str, layout: str, threads: int) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@needs_extension
 def test_gradients_that_nobody_asked_for_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 

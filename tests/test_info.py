@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from kernels import HAS_EXTENSION, KERNELS
+from kernels import HAS_EXTENSION, KERNELS, needs_extension
 
 from fastseq import cli, info
 
@@ -66,6 +66,7 @@ def test_runs_without_torch() -> None:
     assert "ISA tiers built" in done.stdout
 
 
+@needs_extension
 def test_unusable_tier_is_one_line() -> None:
     program = (
         "import os, sys\n"

@@ -102,6 +102,7 @@ def _rnn_backward_flops(
     bidirectional: bool,
     batch_first: bool,
     needs: Sequence[bool],
+    reserve_layout: int,
     *,
     out_val: Any = None,
     **_: Any,

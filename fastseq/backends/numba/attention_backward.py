@@ -81,8 +81,12 @@ GRAD_SINKS = GRAD_BIAS + 5
 BACKWARD_INTEGERS = GRAD_SINKS + 1
 
 
+# Queries of a head that are worked on together: what they take is all the memory of a thread.
+CHUNK = 64 * PANEL
+
+
 class PackedHead(NamedTuple):
-    """All query rows of one head, as the products read them."""
+    """Query rows of one head, as the products read them."""
 
     query: Any  # (panels, E, PANEL)
     grad_output: Any  # (panels, Ev, PANEL)
@@ -155,26 +159,29 @@ def _pack_head(
     span: Span,
     batch: int,
     head: int,
+    start: int,
+    queries: int,
     packed: PackedHead,
 ) -> None:
-    """Rows of the head into panels, and each row's ``delta``."""
+    """So many rows of the head from ``start`` on into panels, and each row's ``delta``."""
     outlined()
     wide_vectors()
     query, grad_output = problem.query, heads_at(integers, GRAD_OUTPUT)
+    first_row = span.query_start + start
     output, rows = heads_at(integers, OUTPUT), rows_at(integers, ROW_MAXIMUM)
     delta_rows = rows_at(integers, DELTA)
     deltas = pointer(delta_rows.address, numbers)
     maxima = pointer(rows.address, numbers)
     scales = pointer(integers[ROW_SCALE], numbers)
-    queries = pointer(query.address, numbers)
+    query_values = pointer(query.address, numbers)
     gradients = pointer(grad_output.address, numbers)
     outputs = pointer(output.address, numbers)
     lse_rows = rows_at(integers, GRAD_LSE)
-    for at in range(span.queries):
-        p, lane, row = at // PANEL, at % PANEL, span.query_start + at
+    for at in range(queries):
+        p, lane, row = at // PANEL, at % PANEL, first_row + at
         place = batch * query.batch + head * query.head + row * query.row
         for k in range(problem.size):
-            packed.query_rows[at, k] = queries[place + k]
+            packed.query_rows[at, k] = query_values[place + k]
         place = batch * grad_output.batch + head * grad_output.head + row * grad_output.row
         other = batch * output.batch + head * output.head + row * output.row
         # Summed in the order of dP: a row that sees one key has output = value, and the two then
@@ -193,8 +200,8 @@ def _pack_head(
         deltas[batch * delta_rows.batch + head * delta_rows.head + row] = delta
     item = numbers.itemsize
     width, value_width = packed.query_rows.shape[1], packed.grad_output_rows.shape[1]
-    for p in range((span.queries + PANEL - 1) // PANEL):
-        first, count = p * PANEL, min(PANEL, span.queries - p * PANEL)
+    for p in range((queries + PANEL - 1) // PANEL):
+        first, count = p * PANEL, min(PANEL, queries - p * PANEL)
         for lane in range(PANEL):
             at = first + min(lane, count - 1)
             for k in range(problem.size):
@@ -459,15 +466,17 @@ def _run_head(
     scratch: Scratch,
     batch: int,
     head: int,
+    start: int,
     adds: bool,
     split: int,
 ) -> None:
-    """Every gradient of one query head from one split of its keys."""
+    """Every gradient of some queries of one head, from one split of its keys."""
     compact()
     problem, item = problem_of(integers), numbers.itemsize
     span = span_of(problem, batch)
     kv_head = head // (problem.heads // problem.kv_heads)
-    _pack_head(problem, integers, numbers, span, batch, head, packed)
+    queries = max(min(CHUNK, span.queries - start), 0)
+    _pack_head(problem, integers, numbers, span, batch, head, start, queries, packed)
     all_keys = span.keys if problem.key_starts else problem.keys
     blocks = (all_keys + KEY_BLOCK - 1) // KEY_BLOCK
     splits = integers[SPLITS]
@@ -480,6 +489,8 @@ def _run_head(
         query_begin, query_end = np.int64(0), np.int64(0)
         if end > begin:
             query_begin, query_end = seen_from(problem, span, begin, end - 1)
+            query_begin = max(query_begin - start, 0)
+            query_end = min(query_end - start, queries)
         touched = query_end > query_begin
         if touched:
             keys, key_row = key_address(
@@ -509,8 +520,8 @@ def _run_head(
             block.grad_key[:, :] = 0
             block.grad_value[:, :] = 0
             for p in range(query_begin // PANEL, (query_end - 1) // PANEL + 1):
-                rows = min(PANEL, span.queries - p * PANEL)
-                panel = make_panel(span, batch, head, p * PANEL, rows)
+                rows = min(PANEL, queries - p * PANEL)
+                panel = make_panel(span, batch, head, start + p * PANEL, rows)
                 seen_begin, seen_end = visible(problem, span, panel.first, panel.last)
                 seen_begin, seen_end = max(seen_begin, begin), min(seen_end, end)
                 if seen_end > seen_begin:
@@ -586,7 +597,7 @@ def _run_head(
                     adds,
                 )
     if integers[GRAD_QUERY]:
-        _write_query(problem, integers, numbers, span, packed, batch, head, split)
+        _write_query(problem, integers, numbers, span, packed, batch, head, start, queries, split)
 
 
 @inner
@@ -598,18 +609,20 @@ def _write_query(
     packed: PackedHead,
     batch: int,
     head: int,
+    start: int,
+    queries: int,
     split: int,
 ) -> None:
     outlined()
     target = heads_at(integers, GRAD_QUERY)
     rows = pointer(target.address, numbers)
     base = batch * target.batch + head * target.head + split * integers[GRAD_QUERY_SPLIT]
-    for query in range(span.queries):
-        place = base + (span.query_start + query) * target.row
+    for query in range(queries):
+        place = base + (span.query_start + start + query) * target.row
         for k in range(problem.size):
             gradient = packed.grad_query[query // PANEL, k, query % PANEL]
             rows[place + k] = gradient * numbers[SCALE]
-    if problem.query_lengths:
+    if problem.query_lengths and start == 0:
         for query in range(span.queries, problem.queries):
             place = base + query * target.row
             for k in range(problem.size):
@@ -629,21 +642,24 @@ def backward_piece(integers: Any, numbers: Any, piece: int) -> None:
     longest = np.int64(0)
     for batch in range(first_batch, first_batch + batches):
         longest = max(longest, span_of(problem, batch).queries)
-    packed = _new_head(problem, numbers, longest)
+    packed = _new_head(problem, numbers, min(longest, CHUNK))
     for batch in range(first_batch, first_batch + batches):
         for kv_head in range(first_head, first_head + heads):
             for member in range(group):
-                _run_head(
-                    integers,
-                    numbers,
-                    packed,
-                    block,
-                    scratch,
-                    batch,
-                    kv_head * group + member,
-                    member > 0,
-                    split,
-                )
+                # Once where there is no query at all: keys get a gradient of zero.
+                for start in range(0, max(span_of(problem, batch).queries, 1), CHUNK):
+                    _run_head(
+                        integers,
+                        numbers,
+                        packed,
+                        block,
+                        scratch,
+                        batch,
+                        kv_head * group + member,
+                        start,
+                        member + start > 0,
+                        split,
+                    )
 
 
 @inner
