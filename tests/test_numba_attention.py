@@ -30,6 +30,8 @@ from fastseq.backends import reference_attention
 from fastseq.backends.numba import attention
 
 SHAPE = options_of.SHAPE
+# More than backward works on at a time, against more than one block of keys.
+MANY_QUERIES = (1, 1, 2, 2100, 150, 8, 8)
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +68,7 @@ def test_one_option(options: dict[str, Any], dtype: str) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("shape", options_of.SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*options_of.SHAPES, MANY_QUERIES], ids=str)
 def test_sizes(shape: tuple[int, ...], causal: bool) -> None:
     names = ("batch", "kv_heads", "group", "queries", "keys", "size", "value_size")
     hold(Case(causal=causal, bottom_right=causal, **dict(zip(names, shape, strict=True))))

@@ -551,7 +551,7 @@ def _run_head(
         ):
             if grad.address == 0:
                 continue
-            start = span.key_start + first
+            first_key = span.key_start + first
             if not adds:
                 # Keys of the block that nobody may see.
                 edge = begin if touched else last
@@ -560,7 +560,7 @@ def _run_head(
                     grad,
                     batch,
                     kv_head,
-                    start,
+                    first_key,
                     edge - first,
                     gradient,
                     size,
