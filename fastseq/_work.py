@@ -79,13 +79,28 @@ class RecurrentSizes(NamedTuple):
         """Rows of a weight matrix, G*H."""
         return CELLS[self.cell].gates * self.hidden_size
 
+    @property
+    def recurrent_rows(self) -> int:
+        """Rows of the recurrent weight matrix."""
+        return self.gate_rows
+
+    @property
+    def states(self) -> int:
+        """States per unit."""
+        return 2 if CELLS[self.cell].has_cell_state else 1
+
+    @property
+    def saved(self) -> int:
+        """Values per unit and row that backward reads: gates, and states but the output."""
+        return CELLS[self.cell].gates + self.states - 1
+
     def input_product(self) -> int:
         """Operations of one product of all rows with the input weights, in all directions."""
         return 2 * self.rows * self.directions * self.gate_rows * self.input_size
 
     def recurrent_product(self) -> int:
         """Operations of one product of all rows with the recurrent weights."""
-        return 2 * self.rows * self.directions * self.gate_rows * self.output_size
+        return 2 * self.rows * self.directions * self.recurrent_rows * self.output_size
 
     def projection(self) -> int:
         """Operations of one product of all rows with the projection."""
@@ -110,25 +125,22 @@ class RecurrentSizes(NamedTuple):
 
     def recurrent_weights(self) -> int:
         """Weights that every step reads, in all directions."""
-        per_direction = self.gate_rows * self.output_size + self.hidden_size * self.projection_size
-        return self.directions * per_direction
+        projection = self.hidden_size * self.projection_size
+        return self.directions * (self.recurrent_rows * self.output_size + projection)
 
     def weights(self) -> int:
         """Weights and biases."""
-        biases = 2 * self.gate_rows if self.bias else 0
+        biases = self.gate_rows + self.recurrent_rows if self.bias else 0
         return self.recurrent_weights() + self.directions * (
             self.gate_rows * self.input_size + biases
         )
 
     def _saved(self) -> int:
-        states = 2 if CELLS[self.cell].has_cell_state else 1
-        per_row = (CELLS[self.cell].gates + states - 1) * self.hidden_size
-        return self.directions * self.rows * per_row
+        return self.directions * self.rows * self.saved * self.hidden_size
 
     def forward_traffic(self, training: bool = False) -> Traffic:
         """Weights, input and states read; output and states written; in training the gates too."""
-        states = 2 if CELLS[self.cell].has_cell_state else 1
-        state = self.directions * self.batch * self.hidden_size * states
+        state = self.directions * self.batch * self.hidden_size * self.states
         outputs = self.rows * self.output_size * self.directions
         return Traffic(
             self.weights() + self.rows * self.input_size + state,

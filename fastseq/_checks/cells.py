@@ -75,12 +75,12 @@ def layers(
             f"module.to({input.dtype})"
         )
     for (name, shape), weight in zip(expected, weights, strict=True):
-        if name.startswith("weight_ih") and weight.shape[0] == shape[0] != weight.shape:
-            if weight.shape[-1] != shape[-1]:
-                raise RuntimeError(
-                    "input.size(-1) must be equal to input_size: expected "
-                    f"{weight.shape[-1]}, got {shape[-1]}"
-                )
+        narrow = weight.dim() == 2 and weight.shape[0] == shape[0]
+        if narrow and name.startswith("weight_ih") and weight.shape[1] != shape[1]:
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size: expected "
+                f"{weight.shape[-1]}, got {shape[-1]}"
+            )
         if weight.shape != shape or weight.dtype != weights[0].dtype:
             raise RuntimeError(
                 f"{name} must be a tensor of shape {shape} and {weights[0].dtype}, got "

@@ -209,9 +209,7 @@ def _cell_forward_fake(
     final = [input.new_empty((directions, batch, hidden)) for _ in range(kept)]
     elements = 0
     if save:
-        elements = _kernels().reserve_elements(
-            plan, rows, hidden, directions, input.dtype.itemsize
-        )
+        elements = _kernels().reserve_elements(plan, rows, hidden, directions, input.dtype.itemsize)
     return output, final, input.new_empty(elements)
 
 

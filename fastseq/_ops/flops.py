@@ -15,9 +15,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastseq._attention import Terms
 from fastseq._cells import GATES
-from fastseq._ops import attention, linear, recurrent  # noqa: F401  they define the ops
+from fastseq._ops import attention, cells, linear, recurrent  # noqa: F401  they define the ops
 from fastseq._ops.shared import PLAIN_TYPES
 from fastseq._work import AttentionSizes, LinearSizes, RecurrentSizes
+from fastseq.cells.definition import find
 
 _TERMS = len(Terms._fields)
 
@@ -102,10 +103,9 @@ def _rnn_backward_flops(
     bidirectional: bool,
     batch_first: bool,
     needs: Sequence[bool],
-    reserve_layout: int,
-    *,
+    *_: Any,
     out_val: Any = None,
-    **_: Any,
+    **__: Any,
 ) -> int:
     """As autograd counts: the way back through each product, and the gradient of each weight."""
     rows = _rows(input, batch_sizes, lengths)
@@ -122,6 +122,78 @@ def _rnn_backward_flops(
         total += sizes.input_product() * (needs[0] + needs_weights[0])
         total += sizes.recurrent_product() * needs_weights[1]
         total += sizes.projection() * needs_weights[-1]
+    return total
+
+
+# --- users' cells
+
+
+def _products(cell: str, weights: Sequence[Tensor], rows: int) -> tuple[int, int]:
+    """Operations of a direction's product with the input and of the recurrent one."""
+    plan = find(cell).plan
+    sizes = [2 * rows * math.prod(weight.shape) for weight in weights[:2] if weight.dim() == 2]
+    found = iter(sizes)
+    return (
+        next(found) if plan.input_gates else 0,
+        next(found) if plan.hidden_gates else 0,
+    )
+
+
+@register_flop_formula(torch.ops.fastseq.cell_forward, get_raw=True)
+def _cell_forward_flops(
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    masks: Tensor | None,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    cell: str,
+    recurrent_dropout: bool,
+    zoneout: bool,
+    has_biases: bool,
+    bidirectional: bool,
+    *_: Any,
+    out_val: Any = None,
+    **__: Any,
+) -> int:
+    rows = _rows(input, batch_sizes, lengths)
+    return (2 if bidirectional else 1) * sum(_products(cell, weights, rows))
+
+
+@register_flop_formula(torch.ops.fastseq.cell_backward, get_raw=True)
+def _cell_backward_flops(
+    grad_output: Tensor | None,
+    grad_final: Sequence[Tensor | None],
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    masks: Tensor | None,
+    reserve: Tensor,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    cell: str,
+    recurrent_dropout: bool,
+    zoneout: bool,
+    has_biases: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    needs: Sequence[bool],
+    *_: Any,
+    out_val: Any = None,
+    **__: Any,
+) -> int:
+    """What the kernels do: the way back through time, and each gradient that is asked for."""
+    rows = _rows(input, batch_sizes, lengths)
+    from_input, from_hidden = _products(cell, weights, rows)
+    directions = 2 if bidirectional else 1
+    each = len(weights) // directions
+    matrices = bool(from_input) + bool(from_hidden)
+    total = directions * (from_hidden + from_input * needs[0])
+    for direction in range(directions):
+        first = 1 + len(states) + direction * each
+        products = [size for size in (from_input, from_hidden) if size]
+        wanted = needs[first : first + matrices]
+        total += sum(size for size, needed in zip(products, wanted, strict=True) if needed)
     return total
 
 

@@ -103,7 +103,9 @@ def cell_layer(
         weights: for each direction ``w_ih``, ``w_hh`` where the cell has such gates, then with
             ``has_biases`` their biases, then the cell's learned values ``(H)``.
         masks: ``(D, T or 1, B or 1, masks, H)`` for a plan with masks.
-        has_biases, bidirectional, batch_first: as for :func:`fastseq.functional.lstm`.
+        has_biases: whether ``weights`` holds biases.
+        bidirectional: whether there is a second direction, D = 2, that runs from the end.
+        batch_first: whether padded ``input`` and ``output`` have the batch first.
         batch_sizes: int64 ``(T,)``, for packed input.
         lengths: int64 ``(B,)``, for padded input.
 
@@ -153,8 +155,7 @@ def cell_layer(
             if inside is not None:
                 found[t] = torch.where(inside[t], after[0], 0.0)
                 after = [
-                    torch.where(inside[t], new, old)
-                    for new, old in zip(after, before, strict=True)
+                    torch.where(inside[t], new, old) for new, old in zip(after, before, strict=True)
                 ]
             if count < batch:
                 after = [

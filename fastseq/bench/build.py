@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastseq.bench.cases import Case
+from fastseq.bench.cell_cases import CellCase
+from fastseq.cells.shipped import SHIPPED
 
-# A state as torch.nn takes it: one tensor, or hidden and cell for the LSTM.
-State = Tensor | tuple[Tensor, Tensor]
+# A state as layers take it: one tensor, or hidden and cell for the LSTM.
+State = Tensor | tuple[Tensor, ...]
 LayerInput = Tensor | PackedSequence
 
 # Middle of the float32 denormals' range, scaled to each dtype's own range below.
@@ -38,7 +40,7 @@ class BuiltCase:
     input: LayerInput
     state: State | None
     output_gradient: Tensor
-    torch_layer: torch.nn.RNNBase
+    torch_layer: torch.nn.Module
     fastseq_layer: torch.nn.Module
 
 
@@ -56,11 +58,20 @@ def _layer_arguments(case: Case) -> dict[str, Any]:
     return arguments
 
 
-def torch_layer(case: Case, seed: int = 0) -> torch.nn.RNNBase:
-    """The ``torch.nn`` layer of a case, initialised from ``seed`` and the case's name."""
+def torch_layer(case: Case, seed: int = 0) -> torch.nn.Module:
+    """The layer of torch for a case, initialised from ``seed`` and the case's name.
+
+    One of ``torch.nn``; for a cell that torch has not, a loop over its operators.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + zlib.crc32(case.name.encode()))
-        layer: torch.nn.RNNBase = getattr(torch.nn, case.layer.upper())(**_layer_arguments(case))
+        layer: torch.nn.Module
+        if isinstance(case, CellCase):
+            from fastseq.bench.cell_loop import CellLoop
+
+            layer = CellLoop(SHIPPED[case.layer], case.I, case.H)
+        else:
+            layer = getattr(torch.nn, case.layer.upper())(**_layer_arguments(case))
     return layer.train(case.direction == "training")
 
 
@@ -68,7 +79,11 @@ def fastseq_layer(case: Case, like: torch.nn.Module) -> torch.nn.Module:
     """The ``fastseq.nn`` layer of a case with the weights of ``like``."""
     import fastseq.nn
 
-    layer: torch.nn.Module = getattr(fastseq.nn, case.layer.upper())(**_layer_arguments(case))
+    layer: torch.nn.Module
+    if isinstance(case, CellCase):
+        layer = fastseq.nn.CellLayer(SHIPPED[case.layer], case.I, case.H)
+    else:
+        layer = getattr(fastseq.nn, case.layer.upper())(**_layer_arguments(case))
     layer.load_state_dict(like.state_dict())
     return layer.train(like.training)
 
@@ -109,6 +124,11 @@ def build_inputs(case: Case, seed: int = 0) -> tuple[LayerInput, State | None, T
 def build_state(case: Case, sample: Callable[..., Tensor]) -> State:
     """An initial state of the case's shape, filled by ``sample(*shape)``."""
     count = case.options.num_layers * (2 if case.options.bidirectional else 1)
+    if isinstance(case, CellCase):
+        # Positive, as a normaliser is.
+        shape = (count, case.B, case.H)
+        states = tuple(sample(*shape).abs() + 0.1 for _ in range(SHIPPED[case.layer].states))
+        return states if len(states) > 1 else states[0]
     hidden = sample(count, case.B, case.output_size)
     return (hidden, sample(count, case.B, case.H)) if case.layer == "lstm" else hidden
 

@@ -17,6 +17,7 @@ from fastseq.bench.attention_cases import (
     attention_suite,
     memory_cases,
 )
+from fastseq.bench.cell_cases import CELL_LAYERS, CellCase, cell_suite
 from fastseq.bench.rnn_cases import (
     DIRECTIONS,
     GATES,
@@ -99,6 +100,7 @@ def _registry() -> dict[str, AnyCase]:
         ("rnn", rnn_suite()),
         ("attention", attention_suite()),
         ("transformer", transformer_suite()),
+        ("cells", cell_suite()),
         ("grid", heat_map_cases()),
         ("latency_vs_steps", steps_cases()),
         ("memory_vs_length", memory_cases()),
@@ -134,6 +136,7 @@ SUITES: dict[str, tuple[AnyCase, ...]] = {
     "rnn": RNN_SUITE,
     "attention": ATTENTION_SUITE,
     "transformer": TRANSFORMER_SUITE,
+    "cells": _with_tag("cells"),
     "grid": _with_tag("grid"),
     "latency_vs_steps": _with_tag("latency_vs_steps"),
     "memory_vs_length": _with_tag("memory_vs_length"),
@@ -148,6 +151,8 @@ def from_record(fields: dict[str, Any]) -> AnyCase:
     options["probes"] = tuple(options["probes"])
     if "depth" in fields:
         return TransformerCase(**fields, options=TransformerOptions(**options))
+    if fields["layer"] in CELL_LAYERS:
+        return CellCase(**fields, options=CaseOptions(**options))
     if "Hq" not in fields:
         return Case(**fields, options=CaseOptions(**options))
     if options["window"] is not None:

@@ -109,7 +109,7 @@ def evaluate(
         initial = leaves if isinstance(state, tuple) else leaves[0]
         output, final = layer(with_data(layer_input, data), initial)
     results: tuple[Tensor, ...] = (input_tensor(output), *_states(final))
-    names = ["output", "hidden", "cell"][: len(results)]
+    names = ["output", "hidden", "cell", "state2", "state3"][: len(results)]
     named = {name: result.detach() for name, result in zip(names, results, strict=True)}
     if gradients is not None:
         weights = dict(layer.named_parameters())

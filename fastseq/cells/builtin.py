@@ -1,4 +1,4 @@
-"""RNN, LSTM and GRU as cells: what ``csrc/cells`` holds for the C++ kernels, in the same gate order.
+"""RNN, LSTM and GRU as cells: what ``csrc/cells`` holds for the C++ kernels, gates in that order.
 
 Formulas: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html (and ``GRU``, ``RNN``).
 """

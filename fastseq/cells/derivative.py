@@ -60,8 +60,7 @@ def _passed_on(node: Expression, g: Expression) -> tuple[Expression | None, ...]
     if operation == "divide":
         return g / b, -(g * y / b)
     assert operation in ("maximum", "minimum")
-    if operation == "minimum":
-        a, b = b, a
+    # What an argument gets if it is the larger, and if it is the smaller one; half at a tie.
     larger = make("where", b < a, g, make("where", a < b, zero, 0.5 * g))
     smaller = make("where", a < b, g, make("where", b < a, zero, 0.5 * g))
     return (larger, smaller) if operation == "maximum" else (smaller, larger)

@@ -1,4 +1,4 @@
-"""A traced expression on tensors: the readable, differentiable definition of what kernels compute."""
+"""A traced expression on tensors: the differentiable definition of what kernels compute."""
 
 from __future__ import annotations
 

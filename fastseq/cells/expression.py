@@ -1,4 +1,4 @@
-"""Values that stand for numbers while a cell is traced: a graph in which equal nodes are one object.
+"""Values that stand for numbers while a cell is traced: a graph where equal nodes are one object.
 
 A node is an operation on other nodes, a constant, or a leaf: a value that a driver brings in, such
 as gate ``x[0]`` or state ``s[1]``. Since equal expressions are the same object, a graph holds every
@@ -121,7 +121,7 @@ class Expression:
         )
 
     # A comparison is a value for where(); it cannot decide which Python line runs next.
-    def __lt__(self, other: Any) -> Expression:  # type: ignore[override]
+    def __lt__(self, other: Any) -> Expression:
         return make("less", self, other)
 
     def __le__(self, other: Any) -> Expression:
@@ -158,7 +158,7 @@ class Expression:
             f"Use the functions of fastseq.cells: {vocabulary_names()}.",
         )
 
-    __int__ = __index__ = __float__  # type: ignore[assignment]
+    __int__ = __index__ = __float__
 
     def __iter__(self) -> NoReturn:
         refuse(

@@ -2,7 +2,7 @@
 
 A *slot* is a value per unit that the matrix products fill: slot ``x`` of gate g by the input
 product, slot ``h`` by the recurrent one, slot ``b`` (both) by the sum of the two, which is enough
-where a formula uses ``x[g]`` and ``h[g]`` only as ``x[g] + h[g]``. They are ordered x, b, h, so that
+where a formula uses ``x[g]`` and ``h[g]`` only as ``x[g] + h[g]``. Their order is x, b, h, so that
 what each product fills is one range.
 
 Forward keeps for backward one *entry* per unit and step: the value of each sigmoid, tanh and the
@@ -151,7 +151,7 @@ def make_plan(
     masks: int = 0,
     recurrent_state: int = 0,
 ) -> Plan:
-    """Slots, derivative and saved entries for formulas over ``x``, ``h``, ``s``, ``p`` and ``m``."""
+    """Slots, derivative and saved entries of formulas over the leaves x, h, s, p and m."""
     slots, nodes = _slots(outputs, gates)
     outputs = _replaced(outputs, {n: leaf(s.kind, s.gate) for n, s in nodes.items()})
     states = [leaf("s", index) for index in range(len(outputs))]
@@ -169,7 +169,8 @@ def make_plan(
         entries[leaf("s", recurrent_state)] = None
     _collect_entries(found, set(topological(outputs)), entries)
     first, second = len(slots), len(slots) + len(states)
-    text = f"{serialise(outputs)}\n{serialise(found)}\n{slots} {masks} {recurrent_state}"
+    kept = serialise(list(entries))
+    text = f"{serialise(outputs)}\n{serialise(found)}\n{kept}\n{slots} {masks} {recurrent_state}"
     return Plan(
         key=hashlib.sha256(text.encode()).hexdigest()[:20],
         slots=tuple(slots),

@@ -4,8 +4,8 @@ A cell's function finds these names without importing them. Type checkers and li
 that: ``from fastseq.cells import sigmoid, tanh`` satisfies them.
 
 At ties and kinks the derivatives are torch's: that of ``relu`` and ``absolute`` is 0 at 0,
-``maximum`` and ``minimum`` give half to each of two equal arguments, ``where`` gives all to the side
-that was chosen.
+``maximum`` and ``minimum`` give half to each of two equal arguments, ``where`` gives all to the
+side that was chosen.
 """
 
 from __future__ import annotations

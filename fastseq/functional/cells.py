@@ -52,11 +52,19 @@ def cell_layers(
         weights: for each layer and direction the parameters of
             :class:`fastseq.nn.CellLayer`, in the order in which it registers them.
         hidden_size: H.
-        num_layers, bidirectional, batch_first, has_biases, dropout, batch_sizes, lengths: as for
-            :func:`fastseq.functional.lstm`.
-        recurrent_dropout, zoneout, weight_dropout: see :class:`fastseq.nn.CellLayer`.
+        num_layers: stacked layers.
+        bidirectional: add a second direction that runs from the end.
+        batch_first: ``input`` and ``output`` are ``(B, T, ...)``.
+        has_biases: whether ``weights`` holds biases.
+        dropout: probability of zeroing an element between two layers, when ``training``.
+        recurrent_dropout: see :class:`fastseq.nn.CellLayer`.
+        zoneout: likewise.
+        weight_dropout: likewise.
         training: whether dropouts and zoneout are random; without it dropouts do nothing and
             zoneout mixes old and new states by its expectation.
+        batch_sizes: int64 CPU tensor ``(T,)``, the ``batch_sizes`` of a
+            :class:`~torch.nn.utils.rnn.PackedSequence` whose data is ``input``.
+        lengths: ``(B,)`` integers from 0 to T in any order, for padded input.
 
     Returns:
         ``output``, shaped as ``input`` with ``D*H`` features, and the final states, shaped as
@@ -144,7 +152,9 @@ def cell_layers(
         finals.append(final)
         if training and dropout > 0 and layer + 1 < num_layers:
             output = _dropout(output, dropout, True)
-    result = [torch.cat(parts) if num_layers > 1 else parts[0] for parts in zip(*finals, strict=True)]
+    result = [
+        torch.cat(parts) if num_layers > 1 else parts[0] for parts in zip(*finals, strict=True)
+    ]
     if unbatched:
         return output.squeeze(1), tuple(state.squeeze(1) for state in result)
     return output, tuple(result)

@@ -8,10 +8,10 @@ BATCH = 4
 HIDDEN = 5  # units that exist, H
 UNITS = 6  # units in a column of memory: H and what pads it to whole tiles
 DIRECTIONS = 7
-ALIVE = 8  # int64 [T]: sequences that take part in a step, never increasing
-STARTS = 9  # int64 [T]: row of the records that holds the first sequence of a step
+ALIVE = 8  # int64 [T]: sequences that take part in a step, never increasing; 0: all of them
+STARTS = 9  # int64 [T]: row of the records that holds the first sequence of a step; 0: see STEP
 STRIDE = 10  # rows from one sequence to the next
-OUTPUT_STARTS = 11  # the same two for the output's rows
+OUTPUT_STARTS = 11  # the same two for the output's rows, and OUTPUT_STEP
 OUTPUT_STRIDE = 12
 OUTPUT_WIDTH = 13  # elements of an output row, D*H
 OUTPUT = 14
@@ -20,7 +20,9 @@ FEW = 16  # 1: sum up for few rows, see product.py
 COLUMNS = 17  # columns of a record
 SAVE = 18  # 1: forward keeps entries for backward
 PRODUCT = 19  # address of the compiled product
-COMMON = 20
+STEP = 20  # rows from one step to the next, where there is no array STARTS
+OUTPUT_STEP = 21
+COMMON = 22
 
 # From DIRECTION_FIRST + direction * DIRECTION_SIZE on:
 DIRECTION_FIRST = COMMON

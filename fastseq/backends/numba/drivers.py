@@ -17,6 +17,7 @@ from numba import types
 
 from fastseq.backends.numba.arguments import (
     ALIVE,
+    BATCH,
     COLUMNS,
     DIRECTION_FIRST,
     DIRECTION_SIZE,
@@ -31,6 +32,7 @@ from fastseq.backends.numba.arguments import (
     MASKS,
     OUTPUT,
     OUTPUT_STARTS,
+    OUTPUT_STEP,
     OUTPUT_STRIDE,
     OUTPUT_WIDTH,
     PARAMETERS,
@@ -40,6 +42,7 @@ from fastseq.backends.numba.arguments import (
     STARTS,
     STATE_GRADIENTS,
     STATES,
+    STEP,
     STEPS,
     STRIDE,
     UNITS,
@@ -91,10 +94,12 @@ def forward_kernel(plan: Plan, item_bytes: int) -> Any:
             panels = (slots - hidden_first) * units // panel_columns
             for index in range(a[STEPS]):
                 t = a[STEPS] - 1 - index if direction else index
-                rows = (integer_at(a[ALIVE], t) - first + splits - 1) // splits
+                alive = integer_at(a[ALIVE], t) if a[ALIVE] else a[BATCH]
+                rows = (alive - first + splits - 1) // splits
                 if rows <= 0:
                     continue
-                row = integer_at(a[STARTS], t) + first * a[STRIDE]
+                start = integer_at(a[STARTS], t) if a[STARTS] else t * a[STEP]
+                row = start + first * a[STRIDE]
                 record = a[d + RECORDS] + row * record_size * item_bytes
                 record_stride = splits * a[STRIDE] * record_size
                 if hidden_only < slots and a[d + HIDDEN_BIAS]:
@@ -121,7 +126,8 @@ def forward_kernel(plan: Plan, item_bytes: int) -> Any:
                     a[d + MASKS]
                     + (t * a[d + MASK_STEP] + first * a[d + MASK_SEQUENCE]) * item_bytes
                 )
-                out = integer_at(a[OUTPUT_STARTS], t) + first * a[OUTPUT_STRIDE]
+                start = integer_at(a[OUTPUT_STARTS], t) if a[OUTPUT_STARTS] else t * a[OUTPUT_STEP]
+                out = start + first * a[OUTPUT_STRIDE]
                 output = a[OUTPUT] + (out * a[OUTPUT_WIDTH] + direction * hidden) * item_bytes
                 for i in range(rows):
                     state = states_first + i * splits * states * units * item_bytes
@@ -164,10 +170,12 @@ def backward_kernel(plan: Plan, item_bytes: int) -> Any:
             panels = units // panel_columns
             for index in range(a[STEPS]):
                 t = index if direction else a[STEPS] - 1 - index
-                rows = (integer_at(a[ALIVE], t) - first + splits - 1) // splits
+                alive = integer_at(a[ALIVE], t) if a[ALIVE] else a[BATCH]
+                rows = (alive - first + splits - 1) // splits
                 if rows <= 0:
                     continue
-                row = integer_at(a[STARTS], t) + first * a[STRIDE]
+                start = integer_at(a[STARTS], t) if a[STARTS] else t * a[STEP]
+                row = start + first * a[STRIDE]
                 record = a[d + RECORDS] + row * record_size * item_bytes
                 record_stride = splits * a[STRIDE] * record_size
                 gradient = a[d + GRADIENTS] + row * gradient_size * item_bytes
@@ -176,7 +184,8 @@ def backward_kernel(plan: Plan, item_bytes: int) -> Any:
                     a[d + MASKS]
                     + (t * a[d + MASK_STEP] + first * a[d + MASK_SEQUENCE]) * item_bytes
                 )
-                out = integer_at(a[OUTPUT_STARTS], t) + first * a[OUTPUT_STRIDE]
+                start = integer_at(a[OUTPUT_STARTS], t) if a[OUTPUT_STARTS] else t * a[OUTPUT_STEP]
+                out = start + first * a[OUTPUT_STRIDE]
                 output = a[GRAD_OUTPUT] + (out * a[OUTPUT_WIDTH] + direction * hidden) * item_bytes
                 for i in range(rows):
                     state = states_first + i * splits * states * units * item_bytes

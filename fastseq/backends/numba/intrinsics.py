@@ -173,12 +173,10 @@ def tile(
 ) -> Any:
     """``result += left @ panel`` for ``rows`` rows by two vectors of columns, sums in registers.
 
-    Args:
-        item_bytes, rows, sums: constants; ``sums`` is in how many the terms of one element are
-            added up, which keeps the multipliers busy where there are few rows.
-        left: [rows, terms], with ``left_stride`` elements from row to row.
-        panel: [terms, two vectors].
-        result: [rows, two vectors], with ``result_stride`` elements from row to row.
+    ``item_bytes``, ``rows`` and ``sums`` are constants; ``sums`` is in how many the terms of one
+    element are added up, which keeps the multipliers busy where there are few rows. ``left`` is
+    [rows, terms] and ``result`` [rows, two vectors], with ``left_stride`` and ``result_stride``
+    elements from row to row; ``panel`` is [terms, two vectors].
     """
     width, count, split = item_bytes.literal_value, rows.literal_value, sums.literal_value
 
@@ -335,12 +333,9 @@ def cell_forward(
 ) -> Any:
     """One step of one sequence: all units, ``units`` of them in each column.
 
-    Args:
-        key, item_bytes, save: constants; ``save`` is 1 to keep entries for backward.
-        row: [columns, units]; slots in, entries out.
-        states: [states, units]; before the step in, after it out.
-        parameters: [parameters, units].
-        masks: [masks, units].
+    ``key``, ``item_bytes`` and ``save`` are constants; ``save`` is 1 to keep entries for backward.
+    ``row`` is [columns, units], slots in, entries out; ``states`` [states, units], before the step
+    in, after it out; ``parameters`` and ``masks`` are [parameters, units] and [masks, units].
     """
     plan, width = PLANS[key.literal_value], item_bytes.literal_value
     keep = bool(save.literal_value)
@@ -393,14 +388,10 @@ def cell_backward(
 ) -> Any:
     """The way back through one step of one sequence.
 
-    Args:
-        key, item_bytes: constants.
-        row: [columns, units]; the entries that forward kept.
-        gradients: [gradient columns, units]; out: those of slots and parameters.
-        state_gradients: [states, units]; of the states after the step in, of those before it, but
-            for what comes through the recurrent product, out.
-        parameters: [parameters, units].
-        masks: [masks, units].
+    ``key`` and ``item_bytes`` are constants. ``row`` is [columns, units], what forward kept;
+    ``gradients`` is [gradient columns, units], out: those of slots and parameters;
+    ``state_gradients`` is [states, units], of the states after the step in, of those before it, but
+    for what comes through the recurrent product, out. ``parameters`` and ``masks`` as in forward.
     """
     plan, width = PLANS[key.literal_value], item_bytes.literal_value
 

@@ -12,18 +12,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Rows", "Ragged", "as_rows", "ragged", "rows_of_output"]
+__all__ = ["Ragged", "Rows", "as_rows", "ragged", "rows_of_output"]
 
 
 class Rows(NamedTuple):
     """Row numbers: ``starts[t] + b * stride`` is that of sequence b at step t.
 
     Attributes:
-        starts: int64 ``(T,)``.
+        starts: int64 ``(T,)``; ``None`` for ``t * step``.
+        step: rows from one step to the next.
         stride: rows from one sequence to the next.
     """
 
-    starts: Tensor
+    starts: Tensor | None
+    step: int
     stride: int
 
 
@@ -33,12 +35,12 @@ class Ragged(NamedTuple):
     Attributes:
         order: int64 ``(B,)``, sequences from the longest to the shortest.
         batch_sizes: int64 ``(T,)``, how many take part in each step.
-        index: int64 ``(rows,)``, which row of the flattened padded batch each packed one is.
+        places: int64 ``(rows,)``, which row of the flattened padded batch each packed one is.
     """
 
     order: Tensor
     batch_sizes: Tensor
-    index: Tensor
+    places: Tensor
 
 
 def as_rows(input: Tensor, batch_first: bool) -> tuple[Tensor, Rows]:
@@ -63,14 +65,12 @@ def rows_of_output(steps: int, batch: int, batch_first: bool) -> Rows:
 
 
 def _rectangle(steps: int, batch: int, time_inner: bool) -> Rows:
-    if time_inner:
-        return Rows(torch.arange(steps), steps)
-    return Rows(torch.arange(0, steps * batch, batch), 1)
+    return Rows(None, 1, steps) if time_inner else Rows(None, batch, 1)
 
 
 def packed_rows(batch_sizes: Tensor) -> Rows:
     """Rows of a packed sequence's data."""
-    return Rows(batch_sizes.cumsum(0) - batch_sizes, 1)
+    return Rows(batch_sizes.cumsum(0) - batch_sizes, 0, 1)
 
 
 def ragged(lengths: Tensor, steps: int, batch_first: bool) -> Ragged:

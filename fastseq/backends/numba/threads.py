@@ -13,7 +13,6 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def _loaded(name: str) -> ctypes.CDLL | None:
 
 @functools.cache
 def openmp_library() -> ctypes.CDLL | None:
-    """torch's OpenMP library if it has GNU's entry points, else ``None``."""
+    """Torch's OpenMP library if it has GNU's entry points, else ``None``."""
     if sys.platform != "linux":
         return None
     folder = Path(torch.__file__).parent
@@ -44,10 +43,6 @@ def openmp_library() -> ctypes.CDLL | None:
         if library is not None and hasattr(library, "GOMP_parallel"):
             return library
     return None
-
-
-# void function(int64_t* arguments, int64_t part, int64_t parts)
-Compiled = Callable[[Any, int, int], None]
 
 
 @functools.cache

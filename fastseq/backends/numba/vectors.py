@@ -5,13 +5,13 @@ than a few arrays, and exp or tanh in a loop become calls, one per element. The 
 the instructions of one vector instead. They are what the intrinsics of the modules beside this one
 are made of.
 
-exp, tanh and sigmoid are those of ``csrc/cpu/math.h``, where the method and its error are described.
+exp, tanh and sigmoid are those of ``csrc/cpu/math.h``, which describes the method and its error.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import llvmlite.binding
 from llvmlite import ir
@@ -255,7 +255,7 @@ class Vectors:
         magic = self.constant(known["magic"])  # type: ignore[arg-type]
         shifted = self.multiply_add(x, self.constant(_INVERSE_LN2), magic)
         n = self.negate(self.builder.fsub(shifted, magic))
-        high, low = known["ln2"]  # type: ignore[misc]
+        high, low = cast(tuple[float, float], known["ln2"])
         r = self.multiply_add(n, self.constant(high), x)
         r = self.multiply_add(n, self.constant(low), r)
         q = self.polynomial(r, known["q"])  # type: ignore[arg-type]

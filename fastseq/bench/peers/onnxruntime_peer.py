@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastseq.bench.attention import BuiltAttention
 from fastseq.bench.build import BuiltCase
+from fastseq.bench.cell_cases import CellCase
 from fastseq.bench.peers import modules, onnx_attention, recurrent
 from fastseq.bench.peers.choose import choose, seconds_of
 from fastseq.bench.peers.graph import Graph
@@ -31,6 +32,8 @@ def graphs(built: AnyBuilt) -> list[Callable[[], Graph]]:
         PeerSkippedError: There is none.
     """
     if isinstance(built, BuiltCase):
+        if isinstance(built.case, CellCase):
+            raise PeerSkippedError("onnxruntime has no such recurrent layer")
         if built.case.dtype != "float32":
             raise PeerSkippedError(f"onnxruntime has no recurrent layers in {built.case.dtype}")
         return [lambda: recurrent.graph(built)]

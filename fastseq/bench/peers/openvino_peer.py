@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastseq.bench.attention import BuiltAttention
 from fastseq.bench.build import BuiltCase
+from fastseq.bench.cell_cases import CellCase
 from fastseq.bench.peers import modules, openvino_attention, recurrent
 from fastseq.bench.peers.choose import choose
 from fastseq.bench.peers.openvino_library import core, library
@@ -67,6 +68,8 @@ def prepare(built: AnyBuilt, threads: int) -> PreparedPeer:
 
 def _models(built: AnyBuilt) -> list[Callable[[], _Model]]:
     if isinstance(built, BuiltCase):
+        if isinstance(built.case, CellCase):
+            raise PeerSkippedError("openvino has no such recurrent layer")
         return [lambda: _recurrent(built)]
     if isinstance(built, BuiltAttention) and not built.modules:
         writers = openvino_attention.models(built)

@@ -22,7 +22,7 @@ def _reorder(weight: Tensor, case: Case) -> Tensor:
     return gates[list(_GATE_ORDER[case.layer])].flatten(0, 1)
 
 
-def _weights(layer: torch.nn.RNNBase, case: Case, index: int) -> dict[str, Tensor]:
+def _weights(layer: torch.nn.Module, case: Case, index: int) -> dict[str, Tensor]:
     """W, R and B of one layer as ONNX lays them out, one leading entry per direction."""
     stacked: dict[str, list[Tensor]] = {"W": [], "R": [], "B": []}
     for reverse in ("", "_reverse")[: 2 if case.options.bidirectional else 1]:
