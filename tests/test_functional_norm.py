@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from norm_oracle import Case, arguments, expected, fastseq_outputs, run
 from kernels import HAS_EXTENSION, needs_extension
+from norm_oracle import Case, arguments, expected, fastseq_outputs, run
 from oracle import compare, every_tier, largest
 from torch import Tensor
 

@@ -41,7 +41,7 @@ class _Announcement(event.Listener):  # type: ignore[misc,unused-ignore]
             _Announcement.said = True
             _log.warning(
                 "fastseq: compiling a kernel with Numba on its first use; per dtype, this takes a "
-                "few seconds for a cell and some 25 for attention, and is kept on disk for the next run"
+                "few seconds for a cell and some 25 for attention, and is kept on disk"
             )
 
     def on_end(self, event: Any) -> None:
