@@ -16,7 +16,7 @@ BUILD_INPUTS := pyproject.toml $(wildcard CMakeLists.txt) \
 RESULTS := $(addprefix benchmarks/results/,rnn.json attention.json transformer.json)
 FILL_README = $(BIN)/python -m fastseq.bench readme $(RESULTS) README.md --figures docs/figures
 
-.PHONY: help demo test bench report readme lint format clean
+.PHONY: help demo test test-pure bench report readme lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -26,6 +26,12 @@ demo: $(VENV)/.installed  ## train the same model with torch.nn and fastseq.nn, 
 
 test: $(VENV)/.installed  ## run the test suite
 	$(BIN)/python -m pytest -q $(ARGS)
+
+# In an environment of its own, where fastseq is installed as on a machine without a compiler.
+test-pure:  ## run the test suite without the compiled extension, on Numba
+	$(MAKE) VENV=$(VENV)-pure $(VENV)-pure/.torch
+	FASTSEQ_NO_EXT=1 $(VENV)-pure/bin/python -m pip --disable-pip-version-check install '.[test]'
+	$(VENV)-pure/bin/pytest -q $(ARGS)
 
 bench: $(VENV)/.bench  ## time the layers against torch.nn (pytest-benchmark)
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only $(ARGS)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["WEIGHTS_MEAN", "WEIGHTS_NONE", "WEIGHTS_PER_HEAD", "Options", "Terms"]
+__all__ = ["WEIGHTS_MEAN", "WEIGHTS_NONE", "WEIGHTS_PER_HEAD", "Options", "Terms", "empty_heads"]
 
 # What a call hands out of the weights.
 WEIGHTS_NONE, WEIGHTS_PER_HEAD, WEIGHTS_MEAN = 0, 1, 2
@@ -62,3 +62,15 @@ class Options(NamedTuple):
     softcap: float = 0.0
     dropout_p: float = 0.0
     scale: float = 1.0
+
+
+def empty_heads(like: Tensor, size: int) -> Tensor:
+    """Memory for ``(B, heads, S, size)`` laid out as ``like`` is: heads or rows outside.
+
+    torch.nn.MultiheadAttention and most models hold ``(B, S, heads, size)`` and pass it transposed;
+    an output in the same layout spares the copy when the heads are put together again.
+    """
+    shape = like.shape
+    if len(shape) == 4 and like.stride(1) < like.stride(2):
+        return like.new_empty((shape[0], shape[2], shape[1], size)).transpose(1, 2)
+    return like.new_empty((*shape[:-1], size))

@@ -3,8 +3,10 @@
 Environment, read when the kernels are first needed:
 
 ``FASTSEQ_BACKEND``
-    ``cpu`` (the compiled kernels, the default), ``numba`` (kernels that Numba compiles on first
-    use; ``pip install fastseq[numba]``) or ``reference`` (plain torch operators).
+    ``cpu`` (the compiled kernels), ``numba`` (kernels that Numba compiles on first use;
+    ``pip install fastseq[numba]``) or ``reference`` (plain torch operators). Default: ``cpu`` where
+    this installation has the compiled extension, else ``numba`` where Numba is installed, else
+    ``reference``.
 ``FASTSEQ_ISA``
     a tier of :func:`capabilities` ``["isa_built"]``, e.g. ``avx2``. Default: the best usable one.
 ``FASTSEQ_LINEAR``
@@ -17,10 +19,12 @@ must never silently have come from other code than was asked for.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,16 +60,16 @@ def extension() -> ModuleType:
     """The compiled kernels, loaded at the first call.
 
     Raises:
-        ImportError: there is no compiled extension for this Python.
+        ImportError: there is no compiled extension for this Python, or it cannot be loaded.
         ValueError: ``FASTSEQ_ISA`` names no tier that this processor runs.
     """
     global _extension, _extension_error
     if _extension is None:
         try:
-            from fastseq import _cpu
+            _cpu = importlib.import_module("fastseq._cpu")
         except ImportError as error:
             _extension_error = str(error)
-            raise
+            raise ImportError(f"fastseq has no compiled kernels here: {error}") from error
         _cpu.set_isa(os.environ.get("FASTSEQ_ISA") or _cpu.isa_usable()[-1])
         _extension = _cpu
     return _extension
@@ -75,8 +79,32 @@ def backend_name() -> str:
     """The backend that answers calls on CPU tensors."""
     global _backend
     if _backend is None:
-        _backend = _checked_backend(os.environ.get("FASTSEQ_BACKEND") or "cpu", "FASTSEQ_BACKEND")
+        name = os.environ.get("FASTSEQ_BACKEND") or _default_backend()[0]
+        _backend = _checked_backend(name, "FASTSEQ_BACKEND")
     return _backend
+
+
+def _default_backend() -> tuple[str, str | None]:
+    """What runs where nobody chose, and why it is not the compiled kernels."""
+    # A tier was asked for: only the compiled kernels have any, so that their absence is an error.
+    if os.environ.get("FASTSEQ_ISA"):
+        return "cpu", None
+    try:
+        extension()
+    except ImportError as error:
+        # A pure-Python installation is one on purpose; a broken one should be seen.
+        if getattr(error.__cause__, "name", None) != "fastseq._cpu":
+            warnings.warn(str(error), RuntimeWarning, stacklevel=3)
+    else:
+        return "cpu", None
+    reason = "there is no compiled extension"
+    if _has_numba():
+        return "numba", reason
+    return "reference", f"{reason}, and Numba is not installed: pip install 'fastseq[numba]'"
+
+
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
 
 def _checked_backend(name: str, argument: str) -> str:
@@ -84,7 +112,7 @@ def _checked_backend(name: str, argument: str) -> str:
         raise ValueError(f"{argument} must be one of {list(BACKENDS)}, got {name!r}")
     if name == "cpu":
         extension()
-    if name == "numba" and importlib.util.find_spec("numba") is None:
+    if name == "numba" and not _has_numba():
         raise ImportError(
             f"{argument} is 'numba', but Numba is not installed: pip install 'fastseq[numba]'"
         )
@@ -189,7 +217,10 @@ def _threads() -> int:
         import torch
 
         return torch.get_num_threads()
-    return int(extension().max_threads())
+    try:
+        return int(extension().max_threads())
+    except ImportError:
+        return os.cpu_count() or 1
 
 
 def capabilities() -> dict[str, Any]:
@@ -202,18 +233,27 @@ def capabilities() -> dict[str, Any]:
         "isa_built": [],
         "isa_usable": [],
         "isa_chosen": None,
-        "backend": _backend or os.environ.get("FASTSEQ_BACKEND") or "cpu",
-        "threads": os.cpu_count() or 1,
+        "backend": None,
+        "backend_reason": None,
+        "threads": _threads(),
         "openmp": None,
         "caches_bytes": _caches_bytes(),
         "extension": {"available": True, "reason": None},
+        "numba": {"available": True, "reason": None},
         "cuda": {"available": False, "reason": "this version has no CUDA kernels"},
     }
+    if not _has_numba():
+        result["numba"] = {"available": False, "reason": "pip install 'fastseq[numba]'"}
+    chosen = _backend or os.environ.get("FASTSEQ_BACKEND")
     try:
         kernels = extension()
     except ImportError as error:
-        result["extension"] = {"available": False, "reason": str(error)}
+        result["extension"] = {"available": False, "reason": str(error.__cause__ or error)}
+        result["backend"], result["backend_reason"] = _default_backend()
+        if chosen:
+            result["backend"] = chosen
         return result
+    result["backend"] = chosen or "cpu"
     result.update(
         isa_built=kernels.isa_built(),
         isa_usable=kernels.isa_usable(),

@@ -41,6 +41,11 @@ def _available(state: dict[str, Any]) -> str:
     return "available" if state["available"] else f"not available: {state['reason']}"
 
 
+def _backend(info: dict[str, Any]) -> str:
+    reason = info["backend_reason"]
+    return f"{info['backend']} ({reason})" if reason else str(info["backend"])
+
+
 def lines(info: dict[str, Any]) -> list[str]:
     """The report as aligned lines."""
     caches = ", ".join(f"{level} {_bytes(size)}" for level, size in info["caches_bytes"].items())
@@ -52,11 +57,12 @@ def lines(info: dict[str, Any]) -> list[str]:
         "ISA tiers built": ", ".join(info["isa_built"]) or "none",
         "ISA tiers usable": ", ".join(info["isa_usable"]) or "none",
         "ISA tier chosen": info["isa_chosen"] or "none",
-        "backend": info["backend"],
+        "backend": _backend(info),
         "threads": info["threads"],
         "OpenMP library": info["openmp"] or "none loaded",
         "caches": caches or "unknown",
         "CPU kernels": _available(info["extension"]),
+        "Numba kernels": _available(info["numba"]),
         "CUDA kernels": _available(info["cuda"]),
     }
     width = max(map(len, rows))

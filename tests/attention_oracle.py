@@ -18,6 +18,7 @@ import zlib
 from typing import Any
 
 import torch
+from kernels import KERNELS
 from oracle import FREE_UNITS, bound, every_tier, strided
 from torch import Tensor
 
@@ -266,7 +267,7 @@ def check(case: Case) -> None:
     leaves, others, _ = arguments(case, dtype)
     before: tuple[str, dict[str, Tensor]] = ("", {})
     for tier in every_tier():
-        results = run(case, "cpu", dtype)
+        results = run(case, KERNELS, dtype)
         compare(results, truth, bounds, tier)
         with torch.no_grad():
             inferred = outputs_of(case, leaves, others)

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
-import fastseq
-from fastseq import _config
+from kernels import TIERS, on_tier
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +26,10 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
-@pytest.fixture(params=_config.extension().isa_usable())
+@pytest.fixture(params=TIERS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction-set tier that this processor runs, one after the other."""
-    with fastseq.isa(request.param):
+    with on_tier(request.param):
         yield request.param
 
 

@@ -14,6 +14,7 @@ import zlib
 
 import torch
 import torch.nn.functional as F
+from kernels import HAS_EXTENSION
 from oracle import bound, compare, every_tier, largest, strided
 from torch import Tensor
 
@@ -154,7 +155,8 @@ def _free_units(case: Case, name: str) -> float:
 def check(case: Case) -> None:
     """Run the case on every tier and hold it against :func:`expected`.
 
-    The bits must not depend on the threads, nor on whether gradients are recorded.
+    The bits must not depend on the threads, nor on whether gradients are recorded. Composites
+    promise the first of the two as little as torch's own products do.
     """
     truth, bounds = expected(case)
     dtype = getattr(torch, case.dtype)
@@ -167,6 +169,6 @@ def check(case: Case) -> None:
             with torch.no_grad():
                 inferred = output_of(case, "fastseq", leaves).double()
             assert torch.equal(inferred, results["output"]), f"{tier}: no_grad differs"
-            isa = tier.split(",")[0]
+            isa = tier.split(",")[0] if HAS_EXTENSION else tier
             for name, result in before.setdefault(isa, results).items():
                 assert torch.equal(result, results[name]), f"{name} {tier}: threads differ"

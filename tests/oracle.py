@@ -23,11 +23,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from kernels import TIERS, on_tier
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-import fastseq
-from fastseq import _config, functional
+from fastseq import functional
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
@@ -303,10 +303,10 @@ def every_tier() -> Iterator[str]:
     """
     threads = torch.get_num_threads()
     try:
-        for name in _config.extension().isa_usable():
+        for name in TIERS:
             for count in (1, 2):
                 torch.set_num_threads(count)
-                with fastseq.isa(name):
+                with on_tier(name):
                     yield f"{name}, {count} thread(s)"
     finally:
         torch.set_num_threads(threads)

@@ -14,12 +14,15 @@ import mpmath  # comes with torch
 import numpy as np
 import pytest
 import torch
+from kernels import skip_without_extension
 from linear_oracle import TORCH
 from test_math import kernel, patterns, units
 from torch import Tensor
 
 import fastseq
 from fastseq import _config, functional
+
+skip_without_extension()
 
 # The project promises this many units in the last place.
 LARGEST_UNITS = 4

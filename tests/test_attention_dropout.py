@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernels import needs_extension
 from oracle import every_tier
 
 import fastseq
 from fastseq import functional
-from fastseq.backends import cpu_attention, reference_attention
+from fastseq.backends import reference_attention
+
+
+def kernels_keep(seed: torch.Tensor, p: float, *sizes: int) -> torch.Tensor:
+    """Which weights the compiled kernels keep."""
+    from fastseq.backends import cpu_attention
+
+    return cpu_attention.dropout_keep(seed, p, *sizes)
 
 
 def inputs(*shape: int) -> list[torch.Tensor]:
@@ -16,21 +24,23 @@ def inputs(*shape: int) -> list[torch.Tensor]:
     return [torch.randn(*shape, generator=generator).requires_grad_() for _ in "qkv"]
 
 
+@needs_extension
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 3, 17, 41), (1, 2, 70, 130)], ids=str)
 def test_the_kernels_draw_the_references_mask(sizes: tuple[int, ...], p: float) -> None:
     for seed in ([1, 2], [-(2**63), -1], [2**62 + 17, 2**33 + 5]):
         expected = reference_attention.dropout_keep(torch.tensor(seed), p, *sizes)
         for tier in every_tier():
-            found = cpu_attention.dropout_keep(torch.tensor(seed), p, *sizes)
+            found = kernels_keep(torch.tensor(seed), p, *sizes)
             assert torch.equal(found, expected), tier
 
 
+@needs_extension
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_how_many_are_dropped(p: float) -> None:
     """Overall, in each row, each column and between neighbours, within five deviations."""
     size = 256
-    keep = cpu_attention.dropout_keep(torch.tensor([7, 0]), p, 2, 2, size, size).double()
+    keep = kernels_keep(torch.tensor([7, 0]), p, 2, 2, size, size).double()
     deviation = (p * (1 - p)) ** 0.5
     assert abs(keep.mean() - (1 - p)) < 5 * deviation / keep.numel() ** 0.5
     for dim in (-1, -2):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from attention_oracle import Case, arguments, outputs_of
+from kernels import needs_extension
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -172,6 +173,7 @@ def test_in_place_change_of_a_saved_tensor_is_an_error() -> None:
         output.sum().backward()
 
 
+@needs_extension
 def test_gradients_that_nobody_asked_for_are_not_computed(monkeypatch: Any) -> None:
     from fastseq.backends import cpu_attention
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels import needs_extension
 from linear_oracle import ACTIVATIONS, TORCH, Case, check
 from oracle import every_tier
 
@@ -114,6 +115,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         torch.testing.assert_close(output[untouched], clean[untouched], rtol=1e-5, atol=1e-5)
 
 
+@needs_extension
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
 def test_nan_and_infinity_through_the_activation(activation: str) -> None:
     """The limits, where torch's own GELU of infinity is NaN."""
@@ -128,6 +130,7 @@ def test_nan_and_infinity_through_the_activation(activation: str) -> None:
             )
 
 
+@needs_extension
 def test_rows_inside_a_wider_tensor_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row stride and a unit last stride are all that the kernels ask for."""
     from fastseq.backends import cpu_linear

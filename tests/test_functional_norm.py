@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels import HAS_EXTENSION, needs_extension
 from norm_oracle import Case, arguments, expected, fastseq_outputs, run
 from oracle import compare, every_tier, largest
 from torch import Tensor
@@ -70,8 +71,8 @@ def test_outputs_and_gradients(case: Case) -> None:
     for tier in every_tier():
         results = run(case, "fastseq", dtype)
         compare(results, truth, bounds, tier)
-        # The number of threads never changes a bit.
-        before = bits.setdefault(tier.split(",")[0], results)
+        # The number of threads never changes a bit of the kernels'; composites do not promise it.
+        before = bits.setdefault(tier.split(",")[0] if HAS_EXTENSION else tier, results)
         assert all(torch.equal(results[name], value) for name, value in before.items()), tier
         with torch.no_grad():
             inferred = fastseq_outputs(case, leaves)
@@ -79,6 +80,7 @@ def test_outputs_and_gradients(case: Case) -> None:
             assert torch.equal(output.double(), results[name]), f"{name} {tier}: no_grad differs"
 
 
+@needs_extension
 @pytest.mark.parametrize("rms", [False, True])
 def test_two_threads_and_one(rms: bool) -> None:
     """Rows and features enough for both threads to work, and blocks enough to be shared."""
@@ -92,6 +94,7 @@ def test_two_threads_and_one(rms: bool) -> None:
         assert all(torch.equal(results[name], value) for name, value in before.items()), tier
 
 
+@needs_extension
 def test_a_large_mean_costs_no_digits(isa: str) -> None:
     """Better than torch, whose mean is rounded to float32 before it is subtracted."""
     case = Case(shape=(50, 512), mean=3e3, weight=False, bias=False)
@@ -246,6 +249,7 @@ def test_input_and_residual_may_be_one_tensor() -> None:
     )
 
 
+@needs_extension
 def test_gradients_of_the_sum_alone() -> None:
     x, r = (torch.randn(4, 6, requires_grad=True) for _ in "xr")
     weight = torch.randn(6, requires_grad=True)

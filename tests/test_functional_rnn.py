@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernels import needs_extension
 from oracle import (
     CELLS,
     GATES,
@@ -25,7 +26,6 @@ from torch import Tensor
 
 import fastseq
 from fastseq import _config, functional
-from fastseq.backends import cpu
 
 CHOICES: dict[str, Any] = {
     "dtype": ("float32", "float64"),
@@ -222,12 +222,15 @@ def test_single_gradients(cell: str, layout: str, threads: int) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@needs_extension
 def test_gradients_that_nobody_asked_for_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     def spy(*given: Any) -> Any:
         seen.append(original(*given))
         return seen[-1]
+
+    from fastseq.backends import cpu
 
     original = cpu.rnn_backward
     monkeypatch.setattr(cpu, "rnn_backward", spy)
@@ -277,7 +280,10 @@ def test_inference_and_training_forward_agree_bit_by_bit(cell: str, isa: str, th
 # --- the size that Python allocates is the size that the kernels use
 
 
+@needs_extension
 def test_rnn_reserve_elements() -> None:
+    from fastseq.backends import cpu
+
     kernels = _config.extension()
     for cell, number in kernels.CELLS.items():
         for hidden in (1, 7, 31, 32, 33, 64, 65, 130, 1000):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from kernels import HAS_EXTENSION, KERNELS, needs_extension
 
 from fastseq import cli, info
 
@@ -19,8 +20,10 @@ def test_text_names_every_topic(capsys: pytest.CaptureFixture[str]) -> None:
 def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert info.main(["--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["extension"]["available"]
-    assert found["isa_chosen"] in found["isa_usable"]
+    assert found["backend"] == KERNELS
+    assert found["extension"]["available"] == HAS_EXTENSION
+    if HAS_EXTENSION:
+        assert found["isa_chosen"] in found["isa_usable"]
     assert set(found["isa_usable"]) <= set(found["isa_built"])
 
 
@@ -37,8 +40,12 @@ def test_unavailable_parts_say_why() -> None:
     found["extension"] = {"available": False, "reason": "not compiled"}
     found["isa_built"], found["isa_usable"], found["isa_chosen"] = [], [], None
     found["caches_bytes"] = {}
+    found["backend"], found["backend_reason"] = "numba", "nothing compiled"
+    found["numba"] = {"available": False, "reason": "not installed"}
     text = "\n".join(info.lines(found))
     assert "not available: not compiled" in text
+    assert "not available: not installed" in text
+    assert "numba (nothing compiled)" in text
     assert "none" in text
 
 
@@ -59,6 +66,7 @@ def test_runs_without_torch() -> None:
     assert "ISA tiers built" in done.stdout
 
 
+@needs_extension
 def test_unusable_tier_is_one_line() -> None:
     program = (
         "import os, sys\n"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels import skip_without_extension
 from oracle import every_tier
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -17,8 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastseq
 from fastseq import functional
 from fastseq._linear import ACTIVATIONS
-from fastseq.backends import cpu_linear
 from fastseq.backends.reference_dropout import element_keep
+
+skip_without_extension()
+
+from fastseq.backends import cpu_linear  # noqa: E402
 
 VARIANTS = list(itertools.product(ACTIVATIONS, (0.0, 0.4), (False, True), (True, False)))
 each_variant = pytest.mark.parametrize(("activation", "dropout", "residual", "bias"), VARIANTS)

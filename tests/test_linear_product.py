@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels import skip_without_extension
 
 import fastseq
 from fastseq import _config, _products, functional, info
-from fastseq.backends import cpu_linear
+
+skip_without_extension()
+
+from fastseq.backends import cpu_linear  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

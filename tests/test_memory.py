@@ -14,7 +14,6 @@ import torch
 from oracle import CELLS, Case, arguments, outputs_of
 
 import fastseq.nn as fast_nn
-from fastseq.backends import cpu
 
 MEBIBYTE = 1 << 20
 
@@ -101,6 +100,8 @@ def test_results_share_no_memory(cell: str, grad: bool) -> None:
 def reserves_made(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[torch.Tensor]]:
     """Weak references to the reserve of every forward from now on."""
     made: list[weakref.ref[torch.Tensor]] = []
+    from fastseq.backends import cpu
+
     original = cpu.rnn_forward
 
     def spy(*given: object) -> object:

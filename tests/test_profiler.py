@@ -14,6 +14,7 @@ from pathlib import Path
 import profiler_recording as by_hand
 import pytest
 import torch
+from kernels import skip_without_extension
 from test_profiler_reports import assert_well_formed
 
 import fastseq
@@ -21,6 +22,8 @@ from fastseq import _config
 from fastseq.profiler import counters, roofs
 from fastseq.profiler.counters import Counters, HardwareCounters
 from fastseq.profiler.summary import shape_label
+
+skip_without_extension()
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,19 @@ from torch import Tensor
 from torch.autograd import forward_ad, profiler
 
 from fastseq import _config
-from fastseq._attention import WEIGHTS_MEAN, WEIGHTS_NONE, WEIGHTS_PER_HEAD, Options, Terms
+from fastseq._attention import (
+    WEIGHTS_MEAN,
+    WEIGHTS_NONE,
+    WEIGHTS_PER_HEAD,
+    Options,
+    Terms,
+    empty_heads,
+)
 from fastseq._ops.shared import (
     PLAIN_TYPES,
     has_lazy_negation,
     is_watched,
+    lacks_kernels,
     library,
     needs_gradient,
     or_empty,
@@ -56,7 +64,9 @@ library.define(
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
-_backend: Any = None
+_WITH_KERNELS = frozenset({"cpu", "numba"})
+_cpu_module: Any = None
+_numba_module: Any = None
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -64,13 +74,16 @@ _get_tracing_state = torch._C._get_tracing_state
 _are_transforms_active = torch._C._are_functorch_transforms_active
 
 
-def _cpu() -> Any:
-    global _backend
-    if _backend is None:
-        from fastseq.backends import cpu_attention
-
-        _backend = cpu_attention
-    return _backend
+def _kernels() -> Any:
+    """The module of the backend in use that has the kernels."""
+    global _cpu_module, _numba_module
+    if (_config._backend or _config.backend_name()) == "numba":
+        if _numba_module is None:
+            from fastseq.backends.numba import attention as _numba_module
+        return _numba_module
+    if _cpu_module is None:
+        from fastseq.backends import cpu_attention as _cpu_module
+    return _cpu_module
 
 
 def _split_forward(rest: Sequence[Any]) -> tuple[Terms, Options, bool, int]:
@@ -98,7 +111,7 @@ def _attention_forward(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     terms, options, save, weights = _split_forward(rest)
-    output, lse, row_maximum, row_scale, probabilities = _cpu().attention_forward(
+    output, lse, row_maximum, row_scale, probabilities = _kernels().attention_forward(
         query, key, value, terms, options, save, weights
     )
     return (
@@ -120,7 +133,7 @@ def _attention_backward(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     terms, saved, options, needs = _split_backward(rest)
-    grads = _cpu().attention_backward(
+    grads = _kernels().attention_backward(
         grad_output, grad_lse, query, key, value, terms, *saved, options, needs
     )
     return tuple(or_empty(grad, query) for grad in grads)
@@ -146,7 +159,7 @@ def _attention_forward_fake(
         weights_shape = (weights_shape[0], *weights_shape[2:])
     saved_shape = rows if save else (0,)
     return (
-        _cpu().empty_heads(query, value.shape[-1]),
+        empty_heads(query, value.shape[-1]),
         query.new_empty(rows),
         query.new_empty(saved_shape),
         query.new_empty(saved_shape),
@@ -166,7 +179,7 @@ def _attention_backward_fake(
     terms, _, _, needs = _split_backward(rest)
     grads = []
     for tensor, needed in zip((query, key, value), needs[:3], strict=True):
-        grads.append(_cpu().empty_heads(tensor, tensor.shape[-1]) if needed else query.new_empty(0))
+        grads.append(empty_heads(tensor, tensor.shape[-1]) if needed else query.new_empty(0))
     for term, needed in zip((terms.bias, terms.sinks), needs[3:], strict=True):
         wanted = needed and term is not None
         grads.append(query.new_empty(term.shape if wanted else 0))  # type: ignore[union-attr]
@@ -285,7 +298,7 @@ class _Attention(torch.autograd.Function):
         options: Options,
         weights: int,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        output, lse, row_maximum, row_scale, probabilities = _cpu().attention_forward(
+        output, lse, row_maximum, row_scale, probabilities = _kernels().attention_forward(
             query, key, value, terms, options, True, weights
         )
         ctx.save_for_backward(query, key, value, output, row_maximum, row_scale, *terms)
@@ -314,7 +327,7 @@ class _Attention(torch.autograd.Function):
                 needs,
             )
         else:
-            backward = _dispatched_backward if is_watched() else _cpu().attention_backward
+            backward = _dispatched_backward if is_watched() else _kernels().attention_backward
             grads = backward(
                 grad_output,
                 grad_lse,
@@ -381,7 +394,9 @@ def plain_attention(
         or _config._backend != "cpu"
     ):
         return None
-    result: Tensor | None = _cpu().plain_attention(query, key, value, is_causal, enable_gqa, scale)
+    result: Tensor | None = _kernels().plain_attention(
+        query, key, value, is_causal, enable_gqa, scale
+    )
     return result
 
 
@@ -401,20 +416,22 @@ def attention(
     differentiable = (query, key, value, terms.bias, terms.sinks)
     plain_types = type(query) in PLAIN_TYPES
     if plain_types and not is_watched() and not has_lazy_negation(query, key, value):
-        if wants_composite():
+        if wants_composite(_WITH_KERNELS):
             return reference_attention.attention(query, key, value, terms, options, weights)
         if needs_gradient(differentiable):
             return _Attention.apply(
                 query, key, value, terms.bias, terms.sinks, terms, options, weights
             )
-        output, lse, _, _, probabilities = _cpu().attention_forward(
+        output, lse, _, _, probabilities = _kernels().attention_forward(
             query, key, value, terms, options, False, weights
         )
         return output, lse, probabilities
     save = needs_gradient(differentiable)
     compiling = torch.compiler.is_compiling()
     # A compiler asks for the gradient of every output, and that of the weights is a composite.
-    if (compiling and save and weights) or (not compiling and wants_composite()):
+    composite = lacks_kernels(_WITH_KERNELS)
+    composite = composite or (not compiling and wants_composite(_WITH_KERNELS))
+    if composite or (compiling and save and weights):
         return reference_attention.attention(query, key, value, terms, options, weights)
     output, lse, _, _, probabilities = torch.ops.fastseq.attention_forward(
         query, key, value, *terms, *options, save, weights

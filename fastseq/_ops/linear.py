@@ -17,6 +17,7 @@ from fastseq._ops.shared import (
     has_lazy_negation,
     is_traced,
     is_watched,
+    lacks_kernels,
     library,
     needs_gradient,
     or_empty,
@@ -297,7 +298,7 @@ def linear(
                 return _Linear.apply(*arguments)
             output: Tensor = _cpu().linear_forward(*arguments, False)[0]
             return output
-    elif not torch.compiler.is_compiling() and wants_composite():
+    elif lacks_kernels() or (not torch.compiler.is_compiling() and wants_composite()):
         return reference_linear.linear(*arguments)
     save = needs_gradient((input, weight, bias))
     watched: Tensor = torch.ops.fastseq.linear_forward(*arguments, save)[0]

@@ -15,6 +15,7 @@ from fastseq._ops.shared import (
     PLAIN_TYPES,
     has_lazy_negation,
     is_watched,
+    lacks_kernels,
     library,
     needs_gradient,
     or_empty,
@@ -362,7 +363,7 @@ def norm(
         )
         return output, total
     save = needs_gradient(differentiable)
-    if not torch.compiler.is_compiling() and wants_composite():
+    if lacks_kernels() or (not torch.compiler.is_compiling() and wants_composite()):
         return reference_norm.norm(input, residual, weight, bias, seed, options)
     output, total, _ = torch.ops.fastseq.norm_forward(
         input, residual, weight, bias, seed, *options, save, want_sum

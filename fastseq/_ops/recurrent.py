@@ -91,7 +91,8 @@ def _of_layout(reserve_layout: int) -> Any:
 
 def _lacks_kernels(proj_size: int) -> bool:
     """Whether the chosen backend's kernels do not go so far: Numba's know no projection."""
-    return proj_size > 0 and _config.backend_name() == "numba"
+    name = _config.backend_name()
+    return name not in _WITH_KERNELS or (proj_size > 0 and name == "numba")
 
 
 # --- kernels

@@ -54,3 +54,8 @@ def wants_composite(kernels: frozenset[str] = frozenset({"cpu"})) -> bool:
         or forward_ad._current_level >= 0
         or _config.backend_name() not in kernels
     )
+
+
+def lacks_kernels(kernels: frozenset[str] = frozenset({"cpu"})) -> bool:
+    """Whether the chosen backend has no such kernels; holds for compilers, too."""
+    return _config.backend_name() not in kernels

@@ -81,7 +81,8 @@ def describe(threads: int | Sequence[int]) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "libraries": library_versions(),
-        "isa": found["isa_chosen"],
+        # Whose kernels they are where they are not the compiled ones.
+        "isa": found["isa_chosen"] if found["backend"] == "cpu" else found["backend"],
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
 

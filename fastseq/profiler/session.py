@@ -82,6 +82,10 @@ class Profile:
             raise RuntimeError(
                 "backend 'reference' runs plain torch operators: there are no kernels to profile"
             )
+        if _config.backend_name() == "numba":
+            raise RuntimeError(
+                "backend 'numba' records no phases: only the compiled kernels can be profiled"
+            )
         try:
             kernels = _config.extension()
         except ImportError as error:

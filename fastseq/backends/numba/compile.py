@@ -13,19 +13,21 @@ from numba.core import event
 
 __all__ = ["compiled", "sources_digest"]
 
+_RECURRENT = ("arguments", "intrinsics", "product", "vectors")
 _log = logging.getLogger("fastseq")
 
 
 @functools.cache
-def sources_digest() -> str:
+def sources_digest(prefixes: tuple[str, ...] = _RECURRENT) -> str:
     """Changes with the code that writes instructions; a closure over it is filed under it.
 
-    Numba itself watches the one file that a compiled function stands in.
+    Numba itself watches the one file that a compiled function stands in. ``prefixes`` are those of
+    the names of the modules that the function is made of.
     """
     digest = hashlib.sha256()
-    folder = Path(__file__).parent
-    for name in ("arguments", "intrinsics", "product", "vectors"):
-        digest.update((folder / f"{name}.py").read_bytes())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.name.startswith(prefixes):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
 
 
@@ -38,8 +40,8 @@ class _Announcement(event.Listener):  # type: ignore[misc,unused-ignore]
         if not _Announcement.said:
             _Announcement.said = True
             _log.warning(
-                "fastseq: compiling a kernel with Numba on its first use; this takes a few seconds "
-                "per cell and dtype, and is kept on disk for the next run"
+                "fastseq: compiling a kernel with Numba on its first use; per dtype, this takes a "
+                "few seconds for a cell and some 25 for attention, and is kept on disk"
             )
 
     def on_end(self, event: Any) -> None:
