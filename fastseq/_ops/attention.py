@@ -21,6 +21,7 @@ from fastseq._ops.shared import (
     wants_composite,
 )
 from fastseq.backends import reference_attention
+from fastseq.backends.layout import empty_heads
 
 __all__ = ["attention", "plain_attention"]
 
@@ -57,6 +58,7 @@ library.define(
 )
 
 _backend: Any = None
+_cuda_backend: Any = None
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -71,6 +73,18 @@ def _cpu() -> Any:
 
         _backend = cpu_attention
     return _backend
+
+
+def _kernels(query: Tensor) -> Any:
+    """The backend for the tensor's device. Nothing but CPU and CUDA tensors comes here."""
+    global _cuda_backend
+    if query.is_cpu:
+        return _cpu()
+    if _cuda_backend is None:
+        from fastseq.backends import cuda_attention
+
+        _cuda_backend = cuda_attention
+    return _cuda_backend
 
 
 def _split_forward(rest: Sequence[Any]) -> tuple[Terms, Options, bool, int]:
@@ -93,12 +107,13 @@ def _split_backward(
 # --- kernels
 
 
+@torch.library.impl(library, "attention_forward", "CUDA")
 @torch.library.impl(library, "attention_forward", "CPU")
 def _attention_forward(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     terms, options, save, weights = _split_forward(rest)
-    output, lse, row_maximum, row_scale, probabilities = _cpu().attention_forward(
+    output, lse, row_maximum, row_scale, probabilities = _kernels(query).attention_forward(
         query, key, value, terms, options, save, weights
     )
     return (
@@ -110,6 +125,7 @@ def _attention_forward(
     )
 
 
+@torch.library.impl(library, "attention_backward", "CUDA")
 @torch.library.impl(library, "attention_backward", "CPU")
 def _attention_backward(
     grad_output: Tensor | None,
@@ -120,7 +136,7 @@ def _attention_backward(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     terms, saved, options, needs = _split_backward(rest)
-    grads = _cpu().attention_backward(
+    grads = _kernels(query).attention_backward(
         grad_output, grad_lse, query, key, value, terms, *saved, options, needs
     )
     return tuple(or_empty(grad, query) for grad in grads)
@@ -145,11 +161,13 @@ def _attention_forward_fake(
     elif weights == WEIGHTS_MEAN:
         weights_shape = (weights_shape[0], *weights_shape[2:])
     saved_shape = rows if save else (0,)
+    # What is kept of a row has not the range it needs in half precision.
+    sums = torch.float32 if query.dtype.itemsize == 2 else query.dtype
     return (
-        _cpu().empty_heads(query, value.shape[-1]),
-        query.new_empty(rows),
-        query.new_empty(saved_shape),
-        query.new_empty(saved_shape),
+        empty_heads(query, value.shape[-1]),
+        query.new_empty(rows, dtype=sums),
+        query.new_empty(saved_shape, dtype=sums if save else query.dtype),
+        query.new_empty(saved_shape, dtype=sums if save else query.dtype),
         query.new_empty(weights_shape),
     )
 
@@ -166,7 +184,7 @@ def _attention_backward_fake(
     terms, _, _, needs = _split_backward(rest)
     grads = []
     for tensor, needed in zip((query, key, value), needs[:3], strict=True):
-        grads.append(_cpu().empty_heads(tensor, tensor.shape[-1]) if needed else query.new_empty(0))
+        grads.append(empty_heads(tensor, tensor.shape[-1]) if needed else query.new_empty(0))
     for term, needed in zip((terms.bias, terms.sinks), needs[3:], strict=True):
         wanted = needed and term is not None
         grads.append(query.new_empty(term.shape if wanted else 0))  # type: ignore[union-attr]
@@ -285,7 +303,7 @@ class _Attention(torch.autograd.Function):
         options: Options,
         weights: int,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        output, lse, row_maximum, row_scale, probabilities = _cpu().attention_forward(
+        output, lse, row_maximum, row_scale, probabilities = _kernels(query).attention_forward(
             query, key, value, terms, options, True, weights
         )
         ctx.save_for_backward(query, key, value, output, row_maximum, row_scale, *terms)
@@ -314,7 +332,7 @@ class _Attention(torch.autograd.Function):
                 needs,
             )
         else:
-            backward = _dispatched_backward if is_watched() else _cpu().attention_backward
+            backward = _dispatched_backward if is_watched() else _kernels(query).attention_backward
             grads = backward(
                 grad_output,
                 grad_lse,
@@ -407,7 +425,7 @@ def attention(
             return _Attention.apply(
                 query, key, value, terms.bias, terms.sinks, terms, options, weights
             )
-        output, lse, _, _, probabilities = _cpu().attention_forward(
+        output, lse, _, _, probabilities = _kernels(query).attention_forward(
             query, key, value, terms, options, False, weights
         )
         return output, lse, probabilities

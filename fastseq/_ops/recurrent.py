@@ -48,6 +48,7 @@ library.define(
 
 
 _backend: Any = None
+_cuda_backend: Any = None
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -65,9 +66,24 @@ def _cpu() -> Any:
     return _backend
 
 
+def _cuda() -> Any:
+    global _cuda_backend
+    if _cuda_backend is None:
+        from fastseq.backends import cuda
+
+        _cuda_backend = cuda
+    return _cuda_backend
+
+
+def _kernels(input: Tensor) -> Any:
+    """The backend for the tensor's device. Nothing but CPU and CUDA tensors comes here."""
+    return _cpu() if input.is_cpu else _cuda()
+
+
 # --- kernels
 
 
+@torch.library.impl(library, "rnn_forward", "CUDA")
 @torch.library.impl(library, "rnn_forward", "CPU")
 def _rnn_forward(
     input: Tensor,
@@ -85,12 +101,13 @@ def _rnn_forward(
     reserve_layout: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = (cell, has_biases, proj_size, bidirectional, batch_first)
-    output, hy, cy, reserve = _cpu().rnn_forward(
+    output, hy, cy, reserve = _kernels(input).rnn_forward(
         input, hx, cx, weights, *options, batch_sizes, lengths, save
     )
     return output, hy, or_empty(cy, input), or_empty(reserve, input)
 
 
+@torch.library.impl(library, "rnn_backward", "CUDA")
 @torch.library.impl(library, "rnn_backward", "CPU")
 def _rnn_backward(
     grad_output: Tensor | None,
@@ -113,7 +130,7 @@ def _rnn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     options = (cell, has_biases, proj_size, bidirectional, batch_first)
     grads = (grad_output, grad_hy, grad_cy)
-    grad_input, grad_hx, grad_cx, grad_weights = _cpu().rnn_backward(
+    grad_input, grad_hx, grad_cx, grad_weights = _kernels(input).rnn_backward(
         *grads, input, hx, cx, weights, output, reserve, *options, batch_sizes, lengths, needs
     )
     return (
@@ -143,7 +160,6 @@ def _rnn_forward_fake(
     save: bool,
     reserve_layout: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    cpu = _cpu()
     directions = 2 if bidirectional else 1
     hidden = weights[0].shape[0] // GATES[cell]
     width = proj_size or hidden
@@ -159,7 +175,11 @@ def _rnn_forward_fake(
     output = input.new_empty((*input.shape[:-1], directions * width))
     hy = input.new_empty((directions, batch, width))
     cy = input.new_empty((directions, batch, hidden) if cell == "lstm" else 0)
-    elements = cpu.rnn_reserve_elements(cell, rows, hidden, proj_size, directions) if save else 0
+    elements = 0
+    if save and input.device.type == "cuda":
+        elements = _cuda().rnn_reserve_elements(cell, rows, hidden, directions, input.dtype)
+    elif save:
+        elements = _cpu().rnn_reserve_elements(cell, rows, hidden, proj_size, directions)
     return output, hy, cy, input.new_empty(elements)
 
 
@@ -302,7 +322,7 @@ class _RnnLayer(torch.autograd.Function):
         options: Options,
         *weights: Tensor,
     ) -> Outputs:
-        output, hy, cy, reserve = _cpu().rnn_forward(
+        output, hy, cy, reserve = _kernels(input).rnn_forward(
             input, hx, cx, weights, *options, batch_sizes, lengths, True
         )
         ctx.save_for_backward(input, hx, cx, batch_sizes, lengths, output, reserve, *weights)
@@ -328,7 +348,7 @@ class _RnnLayer(torch.autograd.Function):
                     arguments, ctx.options, batch_sizes, lengths, needs
                 )
             else:
-                grad_input, grad_hx, grad_cx, grad_weights = _cpu().rnn_backward(
+                grad_input, grad_hx, grad_cx, grad_weights = _kernels(input).rnn_backward(
                     *arguments, *ctx.options, batch_sizes, lengths, needs
                 )
         return grad_input, grad_hx, grad_cx, None, None, None, *grad_weights
@@ -393,7 +413,8 @@ def rnn_layer(
             return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
         if needs_gradient((input, hx, cx, *weights)):
             return _RnnLayer.apply(input, hx, cx, batch_sizes, lengths, options, *weights)
-        return _cpu().rnn_forward(input, hx, cx, weights, *options, batch_sizes, lengths, False)[:3]
+        forward = _kernels(input).rnn_forward
+        return forward(input, hx, cx, weights, *options, batch_sizes, lengths, False)[:3]
     if not torch.compiler.is_compiling() and wants_composite():
         return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
     save = needs_gradient((input, hx, cx, *weights))
@@ -428,7 +449,7 @@ def rnn_cell(
         and not wants_composite()
         and not needs_gradient((input, hx, cx, *tensors))
     ):
-        return _cpu().rnn_cell(input, hx, cx, tensors, cell, has_biases)
+        return _kernels(input).rnn_cell(input, hx, cx, tensors, cell, has_biases)
     _, hy, cy = rnn_layer(
         input.unsqueeze(0),
         hx.unsqueeze(0),

@@ -11,6 +11,8 @@ from fastseq import _config
 from fastseq._attention import WEIGHTS_MEAN, WEIGHTS_NONE, Options, Terms
 from fastseq.backends import cpu as _cpu  # connects the kernels to torch's exchange table
 from fastseq.backends import reference_attention
+from fastseq.backends.layout import empty_heads
+from fastseq.backends.layout import unit_stride as _unit_stride
 
 __all__ = [
     "attention_backward",
@@ -29,18 +31,6 @@ _backward = _kernels.attention_backward
 _plain = _kernels.plain_attention
 _threads = torch.get_num_threads
 assert _cpu is not None
-
-
-def empty_heads(like: Tensor, size: int) -> Tensor:
-    """Memory for ``(B, heads, S, size)`` laid out as ``like`` is: heads or rows outside.
-
-    torch.nn.MultiheadAttention and most models hold ``(B, S, heads, size)`` and pass it transposed;
-    an output in the same layout spares the copy when the heads are put together again.
-    """
-    shape = like.shape
-    if len(shape) == 4 and like.stride(1) < like.stride(2):
-        return like.new_empty((shape[0], shape[2], shape[1], size)).transpose(1, 2)
-    return like.new_empty((*shape[:-1], size))
 
 
 def plain_attention(
@@ -62,10 +52,6 @@ def dropout_keep(
     keep = torch.empty((batch, heads, queries, keys), dtype=torch.uint8)
     _kernels.dropout_mask((batch, heads, heads, queries, keys, 1, 1), probability, seed, keep)
     return keep.view(torch.bool)
-
-
-def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
