@@ -61,7 +61,7 @@ struct RnnBackward {
 
 // Steps [first, last) counted from the end of the direction's way.
 template <class Cell, class S>
-__global__ void __launch_bounds__(rnn_threads)
+__global__ void __launch_bounds__(rnn_threads, 1)
     rnn_backward_kernel(fastseq_cuda_rnn_backward call, fastseq_cuda_plan plan, int64_t first, int64_t last, uint32_t* barriers) {
   using A = Sum<S>;
   FS_DYNAMIC_SHARED(memory);
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(rnn_threads)
       int64_t row_groups = divide_up(count, rows_at_once), unit_groups = divide_up(units, units_at_once);
       for (int64_t item = warp; item < row_groups * unit_groups; item += rnn_warps) {
         int64_t row_group = item / unit_groups * rows_at_once, unit_group = item % unit_groups * units_at_once;
-        A sums[units_at_once][rows_at_once] = {};
+        A sums[units_at_once][rows_at_once] = {}, from_next = 0;
         if (row_group < going_on) {
           // Past the end: the last row or unit again, nobody reads the result.
           const S *unit_weights[units_at_once], *rows[rows_at_once];
@@ -132,14 +132,12 @@ __global__ void __launch_bounds__(rnn_threads)
                 }
               }
           }
-          add_lanes(sums);
+          from_next = add_lanes(sums, lane);
         }
-        int r = lane % rows_at_once, n = lane / rows_at_once;
-        A from_next = 0;
-#pragma unroll
-        for (int candidate = 0; candidate < units_at_once; ++candidate)
-          if (candidate == n) from_next = pick(sums[candidate], r);
-        if (n < units_at_once && unit_group + n < units && row_group + r < count)
+        // Sums arrive in pairs of lanes: the first of each takes the cell.
+        static_assert(sums_per_warp<units_at_once> == warp_lanes / 2);
+        int r = lane / 2 % rows_at_once, n = lane / 2 / rows_at_once;
+        if (lane % 2 == 0 && unit_group + n < units && row_group + r < count)
           layer.update(step, tile_first + row_group + r, share.first_unit + unit_group + n, from_next);
       }
       __syncthreads();

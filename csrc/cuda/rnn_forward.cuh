@@ -94,19 +94,17 @@ struct RnnForward {
           for (int i = 0; i < Cell::hidden_count; ++i) sums[i][r] = multiply_add(widen(weights[i][k]), h, sums[i][r]);
         }
     }
-    add_lanes(sums);
-    if (updates) {
-      A from_hidden[Cell::hidden_count];
+    A sum = add_lanes(sums, lane), from_hidden[Cell::hidden_count];
 #pragma unroll
-      for (int i = 0; i < Cell::hidden_count; ++i) from_hidden[i] = pick(sums[i], lane);
-      update(step, first_row + lane, unit, before, from_hidden);
-    }
+    for (int i = 0; i < Cell::hidden_count; ++i)
+      from_hidden[i] = __shfl_sync(all_lanes, sum, lane_of_sum<Cell::hidden_count>(i, lane % rows_at_once));
+    if (updates) update(step, first_row + lane, unit, before, from_hidden);
   }
 };
 
 // Steps [first, last) in the order of the direction.
 template <class Cell, class S>
-__global__ void __launch_bounds__(rnn_threads)
+__global__ void __launch_bounds__(rnn_threads, 1)
     rnn_forward_kernel(fastseq_cuda_rnn_forward call, fastseq_cuda_plan plan, int64_t first, int64_t last, uint32_t* barriers) {
   FS_DYNAMIC_SHARED(memory);
   Share share(call.shape, plan);

@@ -82,19 +82,32 @@ FS_INLINE void multiply_rows(const S* const (&weights)[N], const S* const (&rows
   }
 }
 
-template <int N, class A>
-FS_INLINE void add_lanes(A (&sums)[N][rows_at_once]) {
-#pragma unroll
-  for (int n = 0; n < N; ++n)
-#pragma unroll
-    for (int r = 0; r < rows_at_once; ++r) sums[n][r] = sum_of_lanes(sums[n][r]);
+// The sums over all lanes of N x 4 values, one to a lane: sums[n][r] arrives in the lanes from lane_of_sum<N>(n, r) on, as many
+// as there are lanes for each. At every step a lane hands half of its values to its partner, so that 16 sums take 16 shuffles.
+template <int N>
+constexpr int sums_per_warp = N == 1 ? 4 : N == 2 ? 8 : N <= 4 ? 16 : 32;
+template <int N>
+FS_INLINE int lane_of_sum(int n, int r) {
+  return (rows_at_once * n + r) * (warp_lanes / sums_per_warp<N>);
 }
-
-// sums[r] without an index that the compiler would have to keep in memory.
-template <class A>
-FS_INLINE A pick(const A (&sums)[rows_at_once], int r) {
-  A low = r & 1 ? sums[1] : sums[0], high = r & 1 ? sums[3] : sums[2];
-  return r & 2 ? high : low;
+template <int N, class A>
+FS_INLINE A add_lanes(const A (&sums)[N][rows_at_once], int lane) {
+  constexpr int count = sums_per_warp<N>;
+  A value[count];
+#pragma unroll
+  for (int i = 0; i < count; ++i) value[i] = i < N * rows_at_once ? sums[i / rows_at_once][i % rows_at_once] : A(0);
+  int mask = warp_lanes / 2;
+#pragma unroll
+  for (int half = count / 2; half; half /= 2, mask /= 2) {
+    bool upper = lane & mask;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      A kept = upper ? value[half + i] : value[i], given = upper ? value[i] : value[half + i];
+      value[i] = kept + __shfl_xor_sync(all_lanes, given, mask);
+    }
+  }
+  for (; mask; mask /= 2) value[0] += __shfl_xor_sync(all_lanes, value[0], mask);
+  return value[0];
 }
 
 // All blocks that share a counter have come here `round` times. What they wrote before is seen by load_fresh after.

@@ -254,7 +254,9 @@ def rnn_forward(
     rows = _to_rows(input, sizes, batch_first)
     h_0, c_0 = _sorted(hx, sizes), _sorted(cx, sizes)
 
-    elements = rnn_reserve_elements(cell, sizes.rows, hidden, directions, input.dtype)
+    # The op's fake kernel does not know lengths: the size is that without them.
+    most_rows = input.shape[:-1].numel()
+    elements = rnn_reserve_elements(cell, most_rows, hidden, directions, input.dtype)
     slots, cells, reserve = _working_memory(input, cell, sizes, hidden, directions, save, elements)
     for layer, slot in zip(layers, slots, strict=True):
         gates = slot[:, : GATES[cell] * hidden]
@@ -319,7 +321,7 @@ def _split_reserve(
     if not CELLS[cell].has_cell_state:
         return slots, []
     cells = reserve[split:].view(sum_dtype(reserve.dtype))
-    return slots, list(cells.view(directions, rows, hidden))
+    return slots, list(cells[: directions * rows * hidden].view(directions, rows, hidden))
 
 
 def rnn_cell(
