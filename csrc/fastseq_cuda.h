@@ -36,30 +36,30 @@ struct fastseq_cuda_rnn_shape {
 
 struct fastseq_cuda_rnn_forward {
   struct fastseq_cuda_rnn_shape shape;
-  void* slots[FASTSEQ_MAX_DIRECTIONS];                // [rows, slots*H]; in: W_ih x + b_ih, out with save: what backward needs
-  void* cells[FASTSEQ_MAX_DIRECTIONS];                // cell states in the sum type, [rows, H]; without save [B, H]; or NULL
-  const void* hidden_weights[FASTSEQ_MAX_DIRECTIONS]; // w_hh [G*H, H]
-  const void* hidden_bias[FASTSEQ_MAX_DIRECTIONS];    // b_hh [G*H] or NULL
-  const void* initial_hidden;                         // [D, B, H] or NULL: zeros
-  const void* initial_cell;                           // [D, B, H] or NULL: zeros
-  void* final_hidden;                                 // [D, B, H]; rows that are never alive are left alone
-  void* final_cell;                                   // [D, B, H] or NULL
-  void* output;                                       // [rows, D*H]
+  void* slots[FASTSEQ_MAX_DIRECTIONS];                 // [rows, slots*H]; in: W_ih x + b_ih, out with save: what backward needs
+  void* cells[FASTSEQ_MAX_DIRECTIONS];                 // cell states in the sum type, [rows, H]; without save [B, H]; or NULL
+  const void* hidden_weights[FASTSEQ_MAX_DIRECTIONS];  // w_hh [G*H, H]
+  const void* hidden_bias[FASTSEQ_MAX_DIRECTIONS];     // b_hh [G*H] or NULL
+  const void* initial_hidden;                          // [D, B, H] or NULL: zeros
+  const void* initial_cell;                            // [D, B, H] or NULL: zeros
+  void* final_hidden;                                  // [D, B, H]; rows that are never alive are left alone
+  void* final_cell;                                    // [D, B, H] or NULL
+  void* output;                                        // [rows, D*H]
   int32_t save;
 };
 
 struct fastseq_cuda_rnn_backward {
   struct fastseq_cuda_rnn_shape shape;
-  const void* slots[FASTSEQ_MAX_DIRECTIONS];              // forward's
-  const void* cells[FASTSEQ_MAX_DIRECTIONS];              // forward's or NULL
-  const void* transposed_weights[FASTSEQ_MAX_DIRECTIONS]; // w_hh transposed [H, G*H]
-  const void* initial_hidden;                             // as in forward
-  const void* initial_cell;                               // as in forward
-  const void* output;                                     // forward's
-  const void* grad_output;                                // [rows, D*H] or NULL: zero
-  const void* grad_final_hidden;                          // [D, B, H] or NULL: zero
-  const void* grad_final_cell;                            // [D, B, H] or NULL: zero
-  void* slot_gradients[FASTSEQ_MAX_DIRECTIONS];           // [rows, slots*H]: gradients of the pre-activations
+  const void* slots[FASTSEQ_MAX_DIRECTIONS];               // forward's
+  const void* cells[FASTSEQ_MAX_DIRECTIONS];               // forward's or NULL
+  const void* transposed_weights[FASTSEQ_MAX_DIRECTIONS];  // w_hh transposed [H, G*H]
+  const void* initial_hidden;                              // as in forward
+  const void* initial_cell;                                // as in forward
+  const void* output;                                      // forward's
+  const void* grad_output;                                 // [rows, D*H] or NULL: zero
+  const void* grad_final_hidden;                           // [D, B, H] or NULL: zero
+  const void* grad_final_cell;                             // [D, B, H] or NULL: zero
+  void* slot_gradients[FASTSEQ_MAX_DIRECTIONS];            // [rows, slots*H]: gradients of the pre-activations
   // Sum type, [D, B, H]. Out: what of the gradient of the initial states does not pass through W_hh.
   void* direct;
   void* grad_cell;  // or NULL
@@ -95,8 +95,8 @@ int32_t fastseq_cuda_hidden_column(int32_t cell, int32_t gate);
 int32_t fastseq_cuda_slot_count(int32_t cell);
 
 // mode is fastseq_cuda_mode; an error where it is not possible on the current device.
-int fastseq_cuda_rnn_plan(int32_t cell, int32_t dtype, int32_t backward, int32_t mode, const struct fastseq_cuda_rnn_shape* shape,
-                          struct fastseq_cuda_plan* plan);
+int fastseq_cuda_rnn_plan(int32_t cell, int32_t dtype, int32_t backward, int32_t mode,
+                          const struct fastseq_cuda_rnn_shape* shape, struct fastseq_cuda_plan* plan);
 int fastseq_cuda_run_rnn_forward(int32_t cell, int32_t dtype, const struct fastseq_cuda_rnn_forward* call,
                                  const struct fastseq_cuda_plan* plan, uint32_t* barriers, void* stream);
 int fastseq_cuda_run_rnn_backward(int32_t cell, int32_t dtype, const struct fastseq_cuda_rnn_backward* call,

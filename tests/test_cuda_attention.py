@@ -94,7 +94,9 @@ def outputs_and_gradients(
     assert outputs["output"].dtype is dtype
     assert outputs["lse"].dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in outputs.values()]
+    weights = [
+        torch.randn(out.shape, generator=generator).to(out.dtype) for out in outputs.values()
+    ]
     gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), weights)
     results = outputs | {f"grad_{name}": g for name, g in zip(leaves, gradients, strict=True)}
     return {name: tensor.detach().double() for name, tensor in results.items()}
@@ -198,7 +200,9 @@ def test_launch_error_names_kernel_and_shape(library: Library) -> None:
     shape = call.shape
     shape.batch, shape.heads, shape.kv_heads, shape.queries, shape.keys = 2**20, 2**20, 1, 5, 7
     shape.key_size = shape.value_size = 4
-    match = r"attention_forward<float64>\(B 1048576, Hq 1048576, .* E 4, Ev 4\): launch of .* invalid"
+    match = (
+        r"attention_forward<float64>\(B 1048576, Hq 1048576, .* E 4, Ev 4\): launch of .* invalid"
+    )
     with pytest.raises(RuntimeError, match=match):
         library.run_attention_forward("float64", call, 0)
 

@@ -43,9 +43,7 @@ CHOICES = {
     "input_size": (1, 7),
     "hidden_size": (1, 13, 35),
 }
-CASES = [
-    Case(**picks) for picks in oracle.pairwise_cases(CHOICES, largest_flops=150_000, seed=5)
-]
+CASES = [Case(**picks) for picks in oracle.pairwise_cases(CHOICES, largest_flops=150_000, seed=5)]
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: str(CASES[index]))
@@ -291,7 +289,7 @@ def shrink() -> int:
 
 
 def test_launch_mode_rejects_unknown_names() -> None:
-    with pytest.raises(ValueError, match="launch_mode must be one of .* got 'fast'"):
+    with pytest.raises(ValueError, match=r"launch_mode must be one of .* got 'fast'"):
         cuda.launch_mode("fast").__enter__()
 
 

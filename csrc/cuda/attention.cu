@@ -60,16 +60,18 @@ int forward(const fastseq_attention_forward& call, cudaStream_t stream) {
              launcher.tiles(shape.queries, shape.heads, tile_rows), call);
   });
   if (call.weights.data)
-    launcher("attention_weights", attention_weights_kernel<S>,
-             launcher.tiles(shape.queries, call.average_weights ? 1 : shape.heads, tile_rows) * divide_up(shape.keys, tile_lanes),
-             call);
+    launcher(
+        "attention_weights", attention_weights_kernel<S>,
+        launcher.tiles(shape.queries, call.average_weights ? 1 : shape.heads, tile_rows) * divide_up(shape.keys, tile_lanes),
+        call);
   return launcher.status;
 }
 
 int backward(const fastseq_attention_backward& call, const fastseq_rows& delta, cudaStream_t stream) {
   const fastseq_attention_shape& shape = call.shape;
   Launcher launcher(shape, stream);
-  launcher("attention_delta", attention_delta_kernel<S>, launcher.tiles(shape.queries, shape.heads, attention_warps), call, delta);
+  launcher("attention_delta", attention_delta_kernel<S>, launcher.tiles(shape.queries, shape.heads, attention_warps), call,
+           delta);
   if (call.grad_query.data)
     with_columns(shape.key_size, [&](auto columns) {
       launcher("attention_query", attention_query_kernel<S, decltype(columns)::count>,

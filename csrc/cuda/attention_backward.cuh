@@ -11,9 +11,9 @@ namespace {
 template <class A>
 struct PairGradient {
   bool visible;
-  A weight;         // after dropout
-  A grad_score;     // of the score, bias included
-  A grad_product;   // of query . key
+  A weight;        // after dropout
+  A grad_score;    // of the score, bias included
+  A grad_product;  // of query . key
 };
 template <class S>
 FS_INLINE PairGradient<Sum<S>> pair_gradient(const fastseq_attention_backward& call, const fastseq_rows& delta,
@@ -36,7 +36,8 @@ FS_INLINE PairGradient<Sum<S>> pair_gradient(const fastseq_attention_backward& c
 
 // delta[row] = output . grad_output - grad_lse: what the softmax subtracts from every weight's gradient. One warp a row.
 template <class S>
-__global__ void __launch_bounds__(attention_threads, 2) attention_delta_kernel(fastseq_attention_backward call, fastseq_rows delta) {
+__global__ void __launch_bounds__(attention_threads, 2)
+    attention_delta_kernel(fastseq_attention_backward call, fastseq_rows delta) {
   using A = Sum<S>;
   const fastseq_attention_shape& shape = call.shape;
   Place place(divide_up(shape.queries, attention_warps), shape.heads);
@@ -60,7 +61,8 @@ __global__ void __launch_bounds__(attention_threads, 2) attention_delta_kernel(f
 }
 
 template <class S, int COLUMNS>
-__global__ void __launch_bounds__(attention_threads, 2) attention_query_kernel(fastseq_attention_backward call, fastseq_rows delta) {
+__global__ void __launch_bounds__(attention_threads, 2)
+    attention_query_kernel(fastseq_attention_backward call, fastseq_rows delta) {
   using A = Sum<S>;
   using Memory = TileMemory<A, COLUMNS>;
   FS_SHARED(Memory, memory);
@@ -111,7 +113,8 @@ __global__ void __launch_bounds__(attention_threads, 2) attention_query_kernel(f
 
 // Rows of the tile are keys, lanes queries of all heads that share them.
 template <class S, int COLUMNS>
-__global__ void __launch_bounds__(attention_threads, 2) attention_key_kernel(fastseq_attention_backward call, fastseq_rows delta) {
+__global__ void __launch_bounds__(attention_threads, 2)
+    attention_key_kernel(fastseq_attention_backward call, fastseq_rows delta) {
   using A = Sum<S>;
   using Memory = TileMemory<A, COLUMNS>;
   FS_SHARED(Memory, memory);
@@ -169,7 +172,8 @@ __global__ void __launch_bounds__(attention_threads, 2) attention_key_kernel(fas
 // Gradient of the bias, 16 x 32 elements of it or, along a dimension it is broadcast over, their sum: the block goes over all
 // pairs that share the elements.
 template <class S>
-__global__ void __launch_bounds__(attention_threads, 2) attention_bias_kernel(fastseq_attention_backward call, fastseq_rows delta) {
+__global__ void __launch_bounds__(attention_threads, 2)
+    attention_bias_kernel(fastseq_attention_backward call, fastseq_rows delta) {
   using A = Sum<S>;
   using Memory = TileMemory<A, 1>;
   FS_SHARED(Memory, memory);
@@ -235,7 +239,8 @@ __global__ void __launch_bounds__(attention_threads, 2) attention_bias_kernel(fa
 // A sink takes part in the denominator only: its weight times what is subtracted from the gradients of the others. One block a
 // head; sums of threads are added in order.
 template <class S>
-__global__ void __launch_bounds__(attention_threads, 2) attention_sink_kernel(fastseq_attention_backward call, fastseq_rows delta) {
+__global__ void __launch_bounds__(attention_threads, 2)
+    attention_sink_kernel(fastseq_attention_backward call, fastseq_rows delta) {
   using A = Sum<S>;
   struct Sums {
     A of_thread[attention_threads];
@@ -249,7 +254,8 @@ __global__ void __launch_bounds__(attention_threads, 2) attention_sink_kernel(fa
     for (int64_t i = threadIdx.x; i < span.queries; i += attention_threads) {
       int64_t row = span.query_start + i;
       A scale = *row_at<A>(call.row_scale, b, h, row);
-      if (scale != A(0)) sum -= exponential(sink - *row_at<A>(call.row_maximum, b, h, row)) * scale * *row_at<A>(delta, b, h, row);
+      if (scale != A(0))
+        sum -= exponential(sink - *row_at<A>(call.row_maximum, b, h, row)) * scale * *row_at<A>(delta, b, h, row);
     }
   }
   sums.of_thread[threadIdx.x] = sum;

@@ -10,10 +10,10 @@ namespace fastseq::cuda {
 namespace {
 
 struct Span {
-  int64_t queries, keys;          // that take part
-  int64_t query_rows, key_rows;   // that there are in the tensors: results of the others are zero
-  int64_t query_start, key_start; // first row in the tensors
-  int64_t shift;                  // position of query i is i + shift
+  int64_t queries, keys;           // that take part
+  int64_t query_rows, key_rows;    // that there are in the tensors: results of the others are zero
+  int64_t query_start, key_start;  // first row in the tensors
+  int64_t shift;                   // position of query i is i + shift
 
   FS_INLINE Span(const fastseq_attention_shape& shape, int64_t b) {
     query_start = shape.query_starts ? shape.query_starts[b] : 0;

@@ -29,10 +29,13 @@ Device::Device() {
 namespace {
 
 const RnnTable* const rnn_tables[] = {&rnn_float32, &rnn_float64, &rnn_bfloat16, &rnn_float16};
-const AttentionTable* const attention_tables[] = {&attention_float32, &attention_float64, &attention_bfloat16, &attention_float16};
+const AttentionTable* const attention_tables[] = {&attention_float32, &attention_float64, &attention_bfloat16,
+                                                  &attention_float16};
 
 bool known(int dtype) { return dtype >= 0 && dtype < FASTSEQ_CUDA_DTYPE_COUNT; }
-int unknown(int dtype) { return report(cudaErrorInvalidValue, "dtype must be 0 to %d, got %d", FASTSEQ_CUDA_DTYPE_COUNT - 1, dtype); }
+int unknown(int dtype) {
+  return report(cudaErrorInvalidValue, "dtype must be 0 to %d, got %d", FASTSEQ_CUDA_DTYPE_COUNT - 1, dtype);
+}
 
 template <class Cell>
 int hidden_column(int gate) {
@@ -60,9 +63,8 @@ FS_EXPORT int fastseq_cuda_device_count(int32_t* count) {
 }
 
 FS_EXPORT int64_t fastseq_cuda_struct_bytes(int32_t index) {
-  constexpr int64_t bytes[] = {sizeof(fastseq_cuda_rnn_forward),  sizeof(fastseq_cuda_rnn_backward),
-                               sizeof(fastseq_cuda_plan),         sizeof(fastseq_attention_forward),
-                               sizeof(fastseq_attention_backward)};
+  constexpr int64_t bytes[] = {sizeof(fastseq_cuda_rnn_forward), sizeof(fastseq_cuda_rnn_backward), sizeof(fastseq_cuda_plan),
+                               sizeof(fastseq_attention_forward), sizeof(fastseq_attention_backward)};
   return index >= 0 && index < (int)(sizeof bytes / sizeof *bytes) ? bytes[index] : -1;
 }
 
@@ -101,7 +103,7 @@ FS_EXPORT int fastseq_cuda_run_attention_forward(int32_t dtype, const fastseq_at
   return known(dtype) ? attention_tables[dtype]->forward(*call, (cudaStream_t)stream) : unknown(dtype);
 }
 
-FS_EXPORT int fastseq_cuda_run_attention_backward(int32_t dtype, const fastseq_attention_backward* call, const fastseq_rows* delta,
-                                                  void* stream) {
+FS_EXPORT int fastseq_cuda_run_attention_backward(int32_t dtype, const fastseq_attention_backward* call,
+                                                  const fastseq_rows* delta, void* stream) {
   return known(dtype) ? attention_tables[dtype]->backward(*call, *delta, (cudaStream_t)stream) : unknown(dtype);
 }

@@ -28,8 +28,8 @@ template <class... Parameters, class... Arguments>
 int launch(const char* name, const char* shape, void (*kernel)(Parameters...), Grid grid, int threads, int64_t shared_bytes,
            bool cooperative, cudaStream_t stream, Arguments... arguments) {
   auto failed = [&](cudaError_t status, const char* what) {
-    return report((int)status, "%s(%s): %s of %lld x %lld x %lld blocks of %d threads with %lld bytes of shared memory: %s", name,
-                  shape, what, (long long)grid.x, (long long)grid.y, (long long)grid.z, threads, (long long)shared_bytes,
+    return report((int)status, "%s(%s): %s of %lld x %lld x %lld blocks of %d threads with %lld bytes of shared memory: %s",
+                  name, shape, what, (long long)grid.x, (long long)grid.y, (long long)grid.z, threads, (long long)shared_bytes,
                   cudaGetErrorString(status));
   };
   if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) return failed(cudaErrorInvalidConfiguration, "launch");

@@ -83,7 +83,8 @@ int make_plan(Kernel kernel, const Text& text, int mode, const fastseq_cuda_rnn_
           return report(status, "%s(%s): preparation: %s", text.name, text.shape, cudaGetErrorString(status));
       }
       cudaError_t status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, rnn_threads, (size_t)bytes);
-      if (status != cudaSuccess) return report(status, "%s(%s): occupancy: %s", text.name, text.shape, cudaGetErrorString(status));
+      if (status != cudaSuccess)
+        return report(status, "%s(%s): occupancy: %s", text.name, text.shape, cudaGetErrorString(status));
       if ((int64_t)resident * device.multiprocessors >= blocks) return fill(FASTSEQ_CUDA_PERSISTENT);
     }
     if (mode == FASTSEQ_CUDA_PERSISTENT)
@@ -105,7 +106,8 @@ int plan(int cell, bool backward, int mode, const fastseq_cuda_rnn_shape& shape,
     using Cell = decltype(kind);
     constexpr int J = Cell::hidden_count;
     if (backward)
-      return make_plan(rnn_backward_kernel<Cell, S>, Text("rnn_backward", name, shape), mode, shape, J * shape.hidden_size, 1, plan);
+      return make_plan(rnn_backward_kernel<Cell, S>, Text("rnn_backward", name, shape), mode, shape, J * shape.hidden_size, 1,
+                       plan);
     return make_plan(rnn_forward_kernel<Cell, S>, Text("rnn_forward", name, shape), mode, shape, shape.hidden_size, J, plan);
   });
 }
@@ -117,8 +119,8 @@ int run(void (*kernel)(Call, fastseq_cuda_plan, int64_t, int64_t, uint32_t*), co
   bool persistent = plan.mode == FASTSEQ_CUDA_PERSISTENT;
   int64_t steps = call.shape.steps, stride = persistent ? larger<int64_t>(steps, 1) : 1;
   for (int64_t first = 0; first < steps; first += stride) {
-    int status = launch(text.name, text.shape, kernel, grid, rnn_threads, plan.shared_bytes, plan.barriers > 0, stream, call, plan,
-                        first, first + stride, barriers);
+    int status = launch(text.name, text.shape, kernel, grid, rnn_threads, plan.shared_bytes, plan.barriers > 0, stream, call,
+                        plan, first, first + stride, barriers);
     if (status) return status;
   }
   return 0;

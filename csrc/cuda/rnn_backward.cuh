@@ -61,8 +61,8 @@ struct RnnBackward {
 
 // Steps [first, last) counted from the end of the direction's way.
 template <class Cell, class S>
-__global__ void __launch_bounds__(rnn_threads, 1)
-    rnn_backward_kernel(fastseq_cuda_rnn_backward call, fastseq_cuda_plan plan, int64_t first, int64_t last, uint32_t* barriers) {
+__global__ void __launch_bounds__(rnn_threads, 1) rnn_backward_kernel(fastseq_cuda_rnn_backward call, fastseq_cuda_plan plan,
+                                                                      int64_t first, int64_t last, uint32_t* barriers) {
   using A = Sum<S>;
   FS_DYNAMIC_SHARED(memory);
   Share share(call.shape, plan);

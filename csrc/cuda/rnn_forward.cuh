@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(rnn_threads, 1)
   int64_t H = call.shape.hidden_size, padded = round_up(H, chunk_elements<S>), units = share.units;
   const S* hidden_weights = (const S*)call.hidden_weights[share.direction];
   bool staged = plan.mode != FASTSEQ_CUDA_DIRECT;
-  S* weights = (S*)memory;                                           // [hidden_count][units_per_block][padded]
+  S* weights = (S*)memory;                                                 // [hidden_count][units_per_block][padded]
   S* tile = weights + Cell::hidden_count * plan.units_per_block * padded;  // [tile_rows][padded]
   if (staged)
     for (int64_t line = warp; line < Cell::hidden_count * units; line += rnn_warps) {

@@ -85,7 +85,10 @@ FS_INLINE void multiply_rows(const S* const (&weights)[N], const S* const (&rows
 // The sums over all lanes of N x 4 values, one to a lane: sums[n][r] arrives in the lanes from lane_of_sum<N>(n, r) on, as many
 // as there are lanes for each. At every step a lane hands half of its values to its partner, so that 16 sums take 16 shuffles.
 template <int N>
-constexpr int sums_per_warp = N == 1 ? 4 : N == 2 ? 8 : N <= 4 ? 16 : 32;
+constexpr int sums_per_warp = N == 1   ? 4
+                              : N == 2 ? 8
+                              : N <= 4 ? 16
+                                       : 32;
 template <int N>
 FS_INLINE int lane_of_sum(int n, int r) {
   return (rows_at_once * n + r) * (warp_lanes / sums_per_warp<N>);

@@ -343,8 +343,6 @@ def cell(
         ("b_hh", b_hh, (gate_rows,)),
     ):
         if weight is not None and (
-            weight.shape != expected
-            or weight.dtype is not dtype
-            or weight.device != input.device
+            weight.shape != expected or weight.dtype is not dtype or weight.device != input.device
         ):
             _raise_weight(name, weight, expected, input)

@@ -198,7 +198,8 @@ class _Weights(NamedTuple):
 def _per_direction(weights: Sequence[Tensor], has_biases: bool, directions: int) -> list[_Weights]:
     dense = [weight.contiguous() for weight in weights]
     if not has_biases:
-        return [_Weights(*dense[2 * d : 2 * d + 2], None, None) for d in range(directions)]
+        pairs = (dense[2 * d : 2 * d + 2] for d in range(directions))
+        return [_Weights(w_ih, w_hh, None, None) for w_ih, w_hh in pairs]
     return [_Weights(*dense[4 * d : 4 * d + 4]) for d in range(directions)]
 
 
@@ -491,9 +492,7 @@ class _Neighbours:
         direction: 0, or 1 for the one that runs from the end.
     """
 
-    def __init__(
-        self, sizes: _Batch, results: Tensor, h_0: Tensor | None, direction: int
-    ) -> None:
+    def __init__(self, sizes: _Batch, results: Tensor, h_0: Tensor | None, direction: int) -> None:
         self.sizes, self.results, self.reverse = sizes, results, direction == 1
         self.initial = None if h_0 is None else h_0[direction]
         self.before: Tensor | None = None

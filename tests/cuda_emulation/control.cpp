@@ -2,6 +2,6 @@
 #include "emulator.h"
 
 extern "C" __attribute__((visibility("default"))) void fastseq_emulation_device(int multiprocessors, int shared_bytes,
-                                                                                 int descending) {
+                                                                                int descending) {
   fastseq_emulation::limits = {multiprocessors, shared_bytes, descending};
 }

@@ -123,8 +123,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   launch.threads = (int)config->blockDim.x;
   launch.shared_bytes = config->dynamicSmemBytes;
   for (unsigned i = 0; i < config->numAttrs; ++i) launch.cooperative |= config->attrs[i].val.cooperative != 0;
-  if (!config->gridDim.x || !config->gridDim.y || !config->gridDim.z || config->gridDim.y > 65535 || config->gridDim.z > 65535 ||
-      !config->blockDim.x || config->blockDim.x > 1024 || config->blockDim.y != 1 || config->blockDim.z != 1)
+  if (!config->gridDim.x || !config->gridDim.y || !config->gridDim.z || config->gridDim.y > 65535 ||
+      config->gridDim.z > 65535 || !config->blockDim.x || config->blockDim.x > 1024 || config->blockDim.y != 1 ||
+      config->blockDim.z != 1)
     return cudaErrorInvalidConfiguration;
   if ((int64_t)launch.shared_bytes > fastseq_emulation::limits.shared_bytes) return cudaErrorInvalidValue;
   if (launch.cooperative && launch.blocks() > fastseq_emulation::limits.multiprocessors)

@@ -28,8 +28,8 @@ struct Launch {
   int64_t grid[3] = {1, 1, 1};
   int threads = 1;
   size_t shared_bytes = 0;
-  bool cooperative = false;              // all blocks live at once
-  std::function<void()> body;            // one thread
+  bool cooperative = false;                            // all blocks live at once
+  std::function<void()> body;                          // one thread
   void (*enter)(int64_t block, int thread) = nullptr;  // called before a thread runs or goes on
   int64_t blocks() const { return grid[0] * grid[1] * grid[2]; }
 };
