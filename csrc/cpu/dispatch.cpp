@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "../fastseq.h"
+#include "runtime.h"
 
 extern "C" {
 #define FASTSEQ_ISA(name, usable) extern const fastseq_kernel_table fastseq_table_##name;

@@ -25,8 +25,7 @@ constexpr const char* cell_name = nullptr;
 
 #include "attention_backward.h"
 #include "attention_forward.h"
-#include "linear_backward.h"
-#include "linear_forward.h"
+#include "linear.h"
 #include "norm_backward.h"
 #include "norm_forward.h"
 #include "peak.h"

@@ -382,17 +382,5 @@ struct LinearBackward {
   }
 };
 
-template <class T>
-int linear_backward(const fastseq_linear_backward* call) {
-  ProfiledCall profiled;
-  if (profiled.begins<T>("linear_backward", activation_name(call->shape.activation))) {
-    profile_sizes(call->shape);
-    profile_size("needs_input", call->grad_x.data != nullptr);
-    profile_size("needs_weight", call->grad_weight != nullptr);
-    profile_size("needs_bias", call->grad_bias != nullptr);
-  }
-  return LinearBackward<T>(*call).run();
-}
-
 }  // namespace
 }  // namespace fastseq::FS_ISA

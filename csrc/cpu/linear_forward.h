@@ -358,16 +358,5 @@ struct LinearForward {
   }
 };
 
-template <class T>
-int linear_forward(const fastseq_linear_forward* call) {
-  ProfiledCall profiled;
-  if (profiled.begins<T>("linear_forward", activation_name(call->shape.activation))) {
-    profile_sizes(call->shape);
-    profile_size("residual", call->residual.data != nullptr);
-    profile_size("saves", call->pre_activation != nullptr);
-  }
-  return LinearForward<T>(*call).run();
-}
-
 }  // namespace
 }  // namespace fastseq::FS_ISA

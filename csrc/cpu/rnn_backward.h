@@ -24,12 +24,16 @@ struct RnnBackward {
   const fastseq_rnn_backward& call;
   LayerSizes<T, Cell> sizes;
   StepTable table;
-  int64_t capacity, input_panels, input_padded, output_padded;
+  int64_t chunk_rows, capacity, input_panels, input_padded, output_padded;
+  bool is_split;
   BackwardBuffers<T> buffers[FASTSEQ_MAX_DIRECTIONS];
   Barrier barriers[2], everyone;
 
   explicit RnnBackward(const fastseq_rnn_backward& call) : call(call), sizes(call.shape), table{&call.shape, nullptr} {
-    capacity = chunk_capacity(sizes.rows, sizes.batch, sizes.chunk_target_rows());
+    is_split = rnn_is_split(sizes);
+    // The matrix unit is through with a short sum before its result has been added to what was there.
+    chunk_rows = is_split ? 256 : sizes.chunk_target_rows();
+    capacity = chunk_capacity(sizes.rows, sizes.batch, chunk_rows);
     input_panels = (sizes.input + W - 1) / W;
     input_padded = input_panels * W;
     output_padded = round_up(sizes.output, padded_multiple) + padded_multiple;  // off the power of two
@@ -47,8 +51,8 @@ struct RnnBackward {
       }
       const fastseq_rnn_weight_gradients& wanted = call.grad_weights[d];
       int64_t projection = sizes.projection;
-      b.packed_input = arena.take<T>(wants_grad_x() ? input_padded * Cell::input_count * sizes.hidden_padded : 0);
-      b.packed_hidden = arena.take<T>(sizes.output_blocks() * W * Cell::hidden_count * sizes.hidden_padded);
+      b.packed_input = arena.take<T>(wants_grad_x() && !is_split ? input_padded * Cell::input_count * sizes.hidden_padded : 0);
+      b.packed_hidden = arena.take<T>(is_split ? 0 : sizes.output_blocks() * W * Cell::hidden_count * sizes.hidden_padded);
       b.packed_projection = arena.take<T>(sizes.unit_blocks() * W * projection);
       b.grad_h = arena.take<T>(sizes.batch * output_padded);
       b.grad_cell = arena.take<T>(Cell::has_cell ? sizes.batch * sizes.hidden_padded : 0);
@@ -56,11 +60,13 @@ struct RnnBackward {
       b.grad_output = take_rows(arena, sizes.has_projection ? capacity : 0, projection);
       b.x_rows = arena.take<const T*>(capacity);
       b.h_rows = arena.take<const T*>(capacity);
-      b.x_panels = arena.take<T>(wanted.input ? input_padded * capacity : 0);
-      b.h_panels = arena.take<T>(wanted.hidden ? sizes.output_blocks() * W * capacity : 0);
+      b.x_panels = arena.take<T>(wanted.input && !is_split ? input_padded * capacity : 0);
+      b.h_panels = arena.take<T>(wanted.hidden && !is_split ? sizes.output_blocks() * W * capacity : 0);
       b.hidden_panels = arena.take<T>(wanted.projection ? sizes.unit_blocks() * W * capacity : 0);
       b.grad_x = arena.take<T>(wants_grad_x() ? capacity * input_padded : 0);
       b.grad_x_rows = d && wants_grad_x() ? arena.take<T>(sizes.rows * sizes.input) : nullptr;
+      if constexpr (has_split_products<T>)
+        if (is_split) b.split.lay_out(arena, sizes, capacity, wants_grad_x(), wanted.input || wanted.hidden);
       b.chunks = arena.take<ChunkQueues>(2);
       b.steps = arena.take_queues(threads);
     }
@@ -79,6 +85,7 @@ struct RnnBackward {
     lay_out(arena, side_by_side, threads);
     table.fill();
     auto body = [this](int rank, int size) {
+      TileMode mode(is_split);
       DirectionTeams teams(sizes.directions, rank, size, barriers);
       for (int64_t d = teams.first; d < teams.last; ++d) {
         Direction(*this, d, teams.team).run();
@@ -151,7 +158,8 @@ struct RnnBackward {
                     outputs,
                     layer.input_panels,
                     layer.input_padded,
-                    d == 1 && !b.grad_x_rows} {
+                    d == 1 && !b.grad_x_rows,
+                    layer.is_split} {
       y.data += d * sizes.output;
       if (grad_y.data) grad_y.data += d * sizes.output;
     }
@@ -164,7 +172,7 @@ struct RnnBackward {
       gradients.reset_queues();
       if (sizes.rows == 0 && team.rank == 0) gradients.zero_weight_gradients();
       for (int64_t position = 0; position < sizes.steps;) {
-        Chunk chunk = next_chunk(table, walk, position, sizes.chunk_target_rows());
+        Chunk chunk = next_chunk(table, walk, position, layer.chunk_rows);
         int64_t first = table.first_row[minimum(walk.step(chunk.begin), walk.step(chunk.end - 1))];
         bool first_chunk = position == 0;
         gate_gradients(position, first);
@@ -192,6 +200,10 @@ struct RnnBackward {
     void pack_weights() {
       int64_t padded = sizes.hidden_padded, hidden = sizes.hidden;
       auto pack = [&](const void* source, int64_t columns, int count, auto gate_of, int64_t panel, T* target) {
+        if constexpr (has_split_products<T>)
+          if (layer.is_split)
+            return b.split.pack_weight((const T*)source, columns, hidden, padded, gate_of, panel,
+                                       target == b.packed_input ? b.split.input : b.split.hidden);
         for (int i = 0; i < count; ++i)
           pack_rows<T>(
               [&](int64_t k) {
@@ -207,6 +219,8 @@ struct RnnBackward {
       for (int64_t block = units.begin; block < units.end && sizes.has_projection; ++block)
         pack_rows<T>([&](int64_t k) { return (const T*)weights.projection + k * hidden + block * W; }, hidden - block * W,
                      sizes.projection, b.packed_projection + block * sizes.projection * W);
+      if constexpr (has_split_products<T>)
+        if (layer.is_split) b.split.template zero_steps<Cell>(sizes.batch, padded, units);
       // The products run over padded columns; beyond the hidden size the gradients are never written again.
       if (padded != hidden) {
         Range share = split(BlockedRows<T>::size(b.grad_slots.rows, sizes.slots * sizes.hidden_padded), team.size, team.rank);
@@ -287,13 +301,12 @@ struct RnnBackward {
       bool last = position + 1 == sizes.steps;
       if (last && !layer.call.grad_initial_hidden) return;
       int64_t depth = Cell::hidden_count * sizes.hidden_padded;
-      for (int s = Cell::hidden_first; s < Cell::hidden_first + Cell::hidden_count && outputs.count(); ++s) {
-        int64_t column = s * sizes.hidden_padded;
-        fetch_columns(b.grad_slots, local, alive, Range{column, column + minimum(units.begin * W, sizes.hidden)});
-        fetch_columns(b.grad_slots, local, alive, Range{column + units.end * W, column + sizes.hidden});
-      }
+      for (int s = Cell::hidden_first; s < Cell::hidden_first + Cell::hidden_count && outputs.count(); ++s)
+        fetch_gradients(position % 2, s, local, alive);
       auto multiply = [&](int64_t block) {
         T* carried = b.grad_h + block * W;
+        if constexpr (has_split_products<T>)
+          if (layer.is_split) return b.split.multiply_hidden(position % 2, block, alive, carried, layer.output_padded);
         const T* panel = b.packed_hidden + block * depth * W;
         multiply_panel(b.grad_slots, local, alive, Cell::hidden_first * sizes.hidden_padded, depth, panel, carried,
                        layer.output_padded, carried, layer.output_padded);
@@ -319,6 +332,19 @@ struct RnnBackward {
       }
     }
 
+    // The part of a slot's gradients that the other threads of the team wrote.
+    FS_INLINE void fetch_gradients(int parity, int slot, int64_t local, int64_t alive) {
+      int64_t column = slot * sizes.hidden_padded;
+      if constexpr (has_split_products<T>)
+        if (layer.is_split) {
+          int64_t first = (slot - Cell::hidden_first) * sizes.hidden_padded / split_depth;
+          fetch_blocks(b.split.step[parity], alive, Range{first, first + units.begin});
+          return fetch_blocks(b.split.step[parity], alive, Range{first + units.end, first + sizes.unit_blocks()});
+        }
+      fetch_columns(b.grad_slots, local, alive, Range{column, column + minimum(units.begin * W, sizes.hidden)});
+      fetch_columns(b.grad_slots, local, alive, Range{column + units.end * W, column + sizes.hidden});
+    }
+
     // Where one row keeps what belongs to the first unit of a block.
     struct UnitPointers {
       const T* saved;        // [slots][hidden_padded]
@@ -326,6 +352,7 @@ struct RnnBackward {
       const T* cell_before;  // c_{t-1}, or NULL for zeros
       T* grad_cell;
       T* grad_slots[Cell::slots];
+      uint16_t* step_slots[Cell::slots];  // of hidden slots, for the matrix unit
     };
 
     FS_INLINE void update_plain(int64_t block, int64_t t, int64_t row, int64_t local) {
@@ -367,6 +394,12 @@ struct RnnBackward {
         at.grad_cell = b.grad_cell + row * sizes.hidden_padded + unit;
       }
       for (int s = 0; s < Cell::slots; ++s) at.grad_slots[s] = b.grad_slots.at(local + row, s * sizes.hidden_padded + unit);
+      if constexpr (has_split_products<T>)
+        if (layer.is_split) {
+          int parity = (int)((walk.reverse ? sizes.steps - 1 - t : t) % 2);
+          for (int i = 0; i < Cell::hidden_count; ++i)
+            at.step_slots[Cell::hidden_first + i] = split_place(b.split.step[parity], row, i * sizes.hidden_padded + unit);
+        }
       return at;
     }
 
@@ -384,7 +417,12 @@ struct RnnBackward {
       Cell::template backward<Math<T>>(slot, h_previous, c_previous, c, grad_h, grad_c, direct);
       if constexpr (Cell::has_cell) store(at.grad_cell + v, grad_c);
 #pragma GCC unroll 8
-      for (int s = 0; s < Cell::slots; ++s) store(at.grad_slots[s] + v, full ? slot[s] : keep_lanes<T>(slot[s], count));
+      for (int s = 0; s < Cell::slots; ++s) {
+        if (!full) slot[s] = keep_lanes<T>(slot[s], count);
+        store(at.grad_slots[s] + v, slot[s]);
+        if constexpr (has_split_products<T>)
+          if (at.step_slots[s]) b.split.store_gradient(at.step_slots[s] + v, slot[s]);
+      }
       return direct;
     }
 

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "math.h"
-#include "rnn_shape.h"
+#include "rnn_split.h"
 
 namespace fastseq::FS_ISA {
 namespace {
@@ -37,6 +37,7 @@ struct RnnForward {
     BlockedRows<T> x;       // [chunk_capacity, I]
     BlockedRows<T> h[2];    // [B, R], the state before and after a step
     BlockedRows<T> hidden;  // [B, H], outputs before the projection
+    SplitForward<T> split;  // the same for the matrix unit; packed_input, packed_hidden, x and h are empty then
     StealingQueue* chunks;  // [threads], unit blocks of a chunk's input product
     StealingQueue* steps;   // [threads], unit blocks of a step
   };
@@ -44,7 +45,7 @@ struct RnnForward {
   const fastseq_rnn_forward& call;
   LayerSizes<T, Cell> sizes;
   StepTable table;
-  bool direct_input, direct_hidden;
+  bool direct_input, direct_hidden, is_split;
   int64_t capacity;
   DirectionBuffers buffers[FASTSEQ_MAX_DIRECTIONS];
   Barrier barriers[2];
@@ -52,6 +53,7 @@ struct RnnForward {
   explicit RnnForward(const fastseq_rnn_forward& call) : call(call), sizes(call.shape), table{&call.shape, nullptr} {
     direct_input = sizes.rows <= direct_rows;
     direct_hidden = sizes.batch == 1 || direct_input;
+    is_split = !direct_hidden && rnn_is_split(sizes);
     capacity = chunk_capacity(sizes.rows, sizes.batch, sizes.chunk_target_rows());
   }
 
@@ -64,15 +66,17 @@ struct RnnForward {
         continue;
       }
       int64_t blocks = sizes.unit_blocks();
-      b.packed_input = arena.take<T>(direct_input ? 0 : blocks * Cell::input_count * sizes.input * W);
-      b.packed_hidden = arena.take<T>(direct_hidden ? 0 : blocks * Cell::hidden_count * sizes.output * W);
+      b.packed_input = arena.take<T>(direct_input || is_split ? 0 : blocks * Cell::input_count * sizes.input * W);
+      b.packed_hidden = arena.take<T>(direct_hidden || is_split ? 0 : blocks * Cell::hidden_count * sizes.output * W);
       b.packed_projection =
           arena.take<T>(sizes.has_projection && !direct_hidden ? sizes.output_blocks() * sizes.hidden * W : 0);
       b.bias = arena.take<T>(sizes.slots * sizes.hidden_padded);
       b.chunk_slots = arena.take<T>(call.reserve || direct_input ? 0 : capacity * sizes.slot_stride());
       b.cell = arena.take<T>(Cell::has_cell ? sizes.batch * sizes.hidden_padded : 0);
-      b.x = take_rows(arena, direct_input ? 0 : capacity, sizes.input);
-      for (auto& h : b.h) h = take_rows(arena, sizes.batch, sizes.output);
+      b.x = take_rows(arena, direct_input || is_split ? 0 : capacity, sizes.input);
+      for (auto& h : b.h) h = take_rows(arena, is_split ? 0 : sizes.batch, sizes.output);
+      if constexpr (has_split_products<T>)
+        if (is_split) b.split.lay_out(arena, sizes, capacity);
       b.hidden = take_rows(arena, sizes.has_projection ? sizes.batch : 0, sizes.hidden);
       b.chunks = arena.take_queues(threads);
       b.steps = arena.take_queues(threads);
@@ -96,6 +100,7 @@ struct RnnForward {
                                                                               sizes.rows, sizes.hidden, sizes.has_projection)) *
                                                   sizeof(T));
     auto body = [this](int rank, int size) {
+      TileMode mode(is_split);
       DirectionTeams teams(sizes.directions, rank, size, barriers);
       for (int64_t d = teams.first; d < teams.last; ++d) {
         Direction(*this, d, teams.team).run();
@@ -161,10 +166,12 @@ struct RnnForward {
       int64_t hidden = sizes.hidden;
       for (int64_t block = units.begin; block < units.end; ++block) {
         int64_t unit = block * W, columns = hidden - unit;
-        for (int i = 0; i < Cell::input_count && !layer.direct_input; ++i)
+        if constexpr (has_split_products<T>)
+          if (layer.is_split) b.split.pack_block(sizes, weights, block);
+        for (int i = 0; i < Cell::input_count && !layer.direct_input && !layer.is_split; ++i)
           pack_transposed((const T*)weights.input + (Cell::gate_of_input(i) * hidden + unit) * sizes.input, sizes.input,
                           columns, sizes.input, b.packed_input + (block * Cell::input_count + i) * sizes.input * W);
-        for (int i = 0; i < Cell::hidden_count && !layer.direct_hidden; ++i)
+        for (int i = 0; i < Cell::hidden_count && !layer.direct_hidden && !layer.is_split; ++i)
           pack_transposed((const T*)weights.hidden + (Cell::gate_of_hidden(i) * hidden + unit) * sizes.output, sizes.output,
                           columns, sizes.output, b.packed_hidden + (block * Cell::hidden_count + i) * sizes.output * W);
         T* bias = b.bias + unit;
@@ -195,14 +202,15 @@ struct RnnForward {
 
     // Both h buffers start with h0: a row that joins late (reverse direction) finds it there.
     void load_states() {
+      if constexpr (has_split_products<T>)
+        if (layer.is_split) b.split.zero_states(sizes.batch, units);
       for (int64_t row = 0; row < sizes.batch; ++row) {
         bool never_alive = row >= table.alive(0);
         for (int64_t column = outputs.begin * W; column < minimum(outputs.end * W, sizes.output); column += L) {
           int64_t count = sizes.output - column;
           const void* h0 = layer.call.initial_hidden;
           V h = h0 ? load_partial(state_row(h0, row, sizes.output) + column, count) : V{};
-          store(b.h[0].at(row, column), h);
-          store(b.h[1].at(row, column), h);
+          store_states(row, column, h);
           if (never_alive) store_partial(state_row(layer.call.final_hidden, row, sizes.output) + column, h, count);
         }
         if constexpr (Cell::has_cell) {
@@ -215,6 +223,12 @@ struct RnnForward {
           }
         }
       }
+    }
+
+    FS_INLINE void store_states(int64_t row, int64_t column, V h) {
+      if constexpr (has_split_products<T>)
+        if (layer.is_split) return b.split.load_state(row, column, sizes.hidden_padded, h);
+      for (auto& buffer : b.h) store(buffer.at(row, column), h);
     }
 
     // Outputs of a padded batch past each row's length.
@@ -238,8 +252,10 @@ struct RnnForward {
       for (int64_t i = mine.begin; i < mine.end; ++i) {
         int64_t t = walk.step(chunk.begin + i);
         for (int64_t row = 0; row < table.alive(t); ++row)
-          copy_to_blocked(x.at(t, row), sizes.input, b.x, table.first_row[t] - first_row + row);
+          copy_input(x.at(t, row), table.first_row[t] - first_row + row);
       }
+      if constexpr (has_split_products<T>)
+        if (layer.is_split && team.rank == 0) b.split.end_input(chunk.rows);
       team.wait();
       enter_phase(Phase::input_product);
       T* slots = slots_at(first_row, first_row);
@@ -247,6 +263,9 @@ struct RnnForward {
         return (Cell::input_first + panel % Cell::input_count) * sizes.hidden_padded + panel / Cell::input_count * W;
       };
       share_out(team, b.chunks, round_of(chunk.begin), sizes.unit_blocks(), false, [&](int64_t block) {
+        if constexpr (has_split_products<T>)
+          if (layer.is_split)
+            return b.split.template multiply_input<Cell>(block, chunk.rows, slots, sizes.slot_stride(), b.bias, column_of);
         multiply_blocked<T>([&](int64_t row, int64_t, int64_t k, int64_t) { return b.x.at(row, k); }, Range{0, chunk.rows}, 0,
                             sizes.input, b.packed_input, Range{block * Cell::input_count, (block + 1) * Cell::input_count},
                             [&](int64_t row, int64_t panel) {
@@ -256,6 +275,12 @@ struct RnnForward {
                             [](int64_t, int64_t, int64_t) {});
       });
       team.wait();  // a block's step may be another thread's
+    }
+
+    FS_INLINE void copy_input(const T* source /* [I] */, int64_t row) {
+      if constexpr (has_split_products<T>)
+        if (layer.is_split) return b.split.copy_input(source, sizes.input, row);
+      copy_to_blocked(source, sizes.input, b.x, row);
     }
 
     // Directions that run one after the other use the same queues.
@@ -268,11 +293,17 @@ struct RnnForward {
       int64_t row_blocks = (alive + block_rows - 1) / block_rows;
       EvenSplit blocks_of_rows(alive, row_blocks);
       enter_phase(layer.direct_hidden ? Phase::fused_step : Phase::recurrent_product);
-      fetch_columns(before, 0, alive, Range{0, minimum(outputs.begin * W, sizes.output)});
-      fetch_columns(before, 0, alive, Range{outputs.end * W, sizes.output});
+      fetch_states(position % 2, alive);
       auto update = [&](int64_t block) {
+        if constexpr (has_split_products<T>)
+          if (layer.is_split) {
+            for (int64_t row = 0; row < alive; row += split_step_rows)
+              update_block(block, Range{row, minimum(row + split_step_rows, alive)}, t, ending, chunk_first, before, after,
+                           position % 2);
+            return;
+          }
         for (int64_t j = 0; j < row_blocks; ++j)
-          update_block(block, blocks_of_rows.part(j), t, ending, chunk_first, before, after);
+          update_block(block, blocks_of_rows.part(j), t, ending, chunk_first, before, after, position % 2);
       };
       // There and back: the blocks used last are the ones still in cache.
       bool reversed = position % 2;
@@ -292,6 +323,17 @@ struct RnnForward {
       team.wait();
     }
 
+    // The part of h_{t-1} that the other threads of the team wrote.
+    FS_INLINE void fetch_states(int before, int64_t alive) {
+      if constexpr (has_split_products<T>)
+        if (layer.is_split) {
+          fetch_blocks(b.split.h[before], alive, Range{0, units.begin});
+          return fetch_blocks(b.split.h[before], alive, Range{units.end, sizes.unit_blocks()});
+        }
+      fetch_columns(b.h[before], 0, alive, Range{0, minimum(outputs.begin * W, sizes.output)});
+      fetch_columns(b.h[before], 0, alive, Range{outputs.end * W, sizes.output});
+    }
+
     static constexpr bool is_hidden_slot(int s) {
       return s >= Cell::hidden_first && s < Cell::hidden_first + Cell::hidden_count;
     }
@@ -307,18 +349,22 @@ struct RnnForward {
       T* final_hidden;  // likewise; both NULL-checked once per vector
       const T* before;  // h_{t-1}
       T* after;         // h_t, or the unprojected output
+      uint16_t* after_split;  // h_t for the matrix unit, or NULL
+      const T* bias;          // [slots][hidden_padded]
       T* y;             // user's output, NULL with a projection
     };
 
     // Product and cell update for one block of units and a few rows; the pre-activations stay in L1 between the two.
     FS_INLINE void update_block(int64_t block, Range rows, int64_t t, int64_t ending, int64_t chunk_first,
-                                BlockedRows<T> before, BlockedRows<T> after) {
+                                BlockedRows<T> before, BlockedRows<T> after, int parity) {
       alignas(64) T scratch[Cell::slots * block_rows * W];  // [slots][row][W]
       int64_t unit = block * W;
       int64_t packed_row = table.first_row[t];
       if (!layer.direct_hidden) {
         enter_phase(Phase::recurrent_product);
-        for (int i = 0; i < Cell::hidden_count; ++i) {
+        if constexpr (has_split_products<T>)
+          if (layer.is_split) b.split.template multiply_hidden<Cell>(parity, block, rows, scratch, block_rows * W);
+        for (int i = 0; i < Cell::hidden_count && !layer.is_split; ++i) {
           int s = Cell::hidden_first + i;
           int64_t column = s * sizes.hidden_padded + unit;
           bool has_input = is_input_slot(s);
@@ -330,7 +376,7 @@ struct RnnForward {
         enter_phase(Phase::gate_update);
       }
       for (int64_t row = rows.begin; row < rows.end; ++row) {
-        UnitPointers at = unit_pointers(unit, t, row, packed_row + row, chunk_first, row >= ending, before, after);
+        UnitPointers at = unit_pointers(unit, t, row, packed_row + row, chunk_first, row >= ending, before, after, parity);
         const T* sums = scratch + (row - rows.begin) * W;
         int64_t count = sizes.hidden - unit;
         if (!layer.direct_hidden && count >= W) {
@@ -351,7 +397,7 @@ struct RnnForward {
     }
 
     FS_INLINE UnitPointers unit_pointers(int64_t unit, int64_t t, int64_t row, int64_t packed_row, int64_t chunk_first,
-                                         bool ends, BlockedRows<T> before, BlockedRows<T> after) const {
+                                         bool ends, BlockedRows<T> before, BlockedRows<T> after, int parity) const {
       UnitPointers at{};
       bool projects = sizes.has_projection;
       if (saves || !layer.direct_input) at.slots = slots_at(packed_row, chunk_first) + unit;
@@ -364,8 +410,16 @@ struct RnnForward {
         at.after = b.hidden.at(row, unit);
         if (saves) at.saved_hidden = reserve.hidden + packed_row * sizes.hidden_padded + unit;
       } else {
-        at.before = before.at(row, unit);
-        at.after = after.at(row, unit);
+        if constexpr (has_split_products<T>)
+          if (layer.is_split) {
+            at.before = at.after = b.split.state + row * sizes.hidden_padded + unit;
+            at.after_split = split_place(b.split.h[1 - parity], row, unit);
+            at.bias = b.bias + unit;
+          }
+        if (!layer.is_split) {
+          at.before = before.at(row, unit);
+          at.after = after.at(row, unit);
+        }
         at.y = y.at(t, row) + unit;
         if (ends) at.final_hidden = state_row(layer.call.final_hidden, row, sizes.output) + unit;
       }
@@ -379,6 +433,13 @@ struct RnnForward {
 #pragma GCC unroll 8
       for (int s = 0; s < Cell::slots; ++s)
         slot[s] = is_hidden_slot(s) ? load(sums + s * block_rows * W + v) : load(at.slots + s * sizes.hidden_padded + v);
+      if constexpr (has_split_products<T>)
+        if (layer.is_split) {
+          // These sums started from zero.
+#pragma GCC unroll 8
+          for (int s = Cell::hidden_first; s < Cell::hidden_first + Cell::hidden_count; ++s)
+            slot[s] += load((is_input_slot(s) ? at.slots : at.bias) + s * sizes.hidden_padded + v);
+        }
       finish_vector<full>(slot, at, v, count);
     }
 
@@ -404,6 +465,8 @@ struct RnnForward {
         if (at.final_cell) put(at.final_cell + v, c);
       }
       store(at.after + v, h);
+      if constexpr (has_split_products<T>)
+        if (at.after_split) b.split.store_hidden(at.after_split + v, h);
       if (at.saved_hidden) store(at.saved_hidden + v, h);
       if (at.y) put(at.y + v, h);
       if (at.final_hidden) put(at.final_hidden + v, h);

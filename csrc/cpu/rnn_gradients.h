@@ -2,7 +2,7 @@
 // pre-activations and the inputs and states they were computed from, and the input's gradient.
 #pragma once
 
-#include "rnn_shape.h"
+#include "rnn_split.h"
 
 namespace fastseq::FS_ISA {
 namespace {
@@ -31,6 +31,7 @@ struct BackwardBuffers {
   T* hidden_panels;            // [unit_blocks][capacity][W], with a projection
   T* grad_x;                   // [capacity][input_padded]
   T* grad_x_rows;              // [rows][I], second direction when both run side by side
+  SplitBackward<T> split;      // the factors for the matrix unit; the panels above are empty then, but for a projection's
   StealingQueue* steps;        // [threads], output blocks of a step
   ChunkQueues* chunks;         // [2]
 };
@@ -60,6 +61,7 @@ struct ChunkGradients {
   Range units, outputs;  // blocks of this thread
   int64_t input_panels, input_padded;
   bool adds_to_grad_x;  // another direction has written it
+  bool is_split;
   int64_t chunks = 0;   // done so far
 
   // h_before(t, row) is where h_{t-1} of a row lies, NULL for zeros.
@@ -89,6 +91,8 @@ struct ChunkGradients {
 
   // Inputs and previous states of the chunk as panels; the whole team packs, everyone reads.
   void pack_right_factors(int64_t rows) {
+    if constexpr (has_split_products<T>)
+      if (is_split) return split_factors(rows);
     auto pack = [&](const T* const* source, int64_t width, T* panels) {
       Range mine = split((width + W - 1) / W, team.size, team.rank);
       for (int64_t panel = mine.begin; panel < mine.end; ++panel)
@@ -97,6 +101,33 @@ struct ChunkGradients {
     };
     if (grads.input) pack(b.x_rows, sizes.input, b.x_panels);
     if (grads.hidden) pack(b.h_rows, sizes.output, b.h_panels);
+  }
+
+  // The same for the matrix unit: panels, and the gradients of the pre-activations as left factors.
+  void split_factors(int64_t rows) {
+    int64_t blocks = split_blocks(rows);
+    auto pack = [&](const T* const* source, int64_t width, auto& panels) {
+      panels.k_blocks = blocks;
+      Range mine = split((width + W - 1) / W, team.size, team.rank);
+      for (int64_t panel = mine.begin; panel < mine.end; ++panel)
+        for (int64_t block = 0; block < blocks; ++block)
+          split_panel_rows(
+              [&](int64_t k) {
+                const T* row = source[block * split_depth + k];
+                return row ? row + panel * W : nullptr;
+              },
+              rows - block * split_depth, width - panel * W, panels.at(panel, block));
+    };
+    auto factors = b.split;
+    if (grads.input) pack(b.x_rows, sizes.input, factors.x);
+    if (grads.hidden) pack(b.h_rows, sizes.output, factors.h);
+    factors.columns.k_blocks = blocks;
+    bool wants_weights = grads.input || grads.hidden;
+    Range mine = split(blocks, team.size, team.rank);
+    for (int64_t block = mine.begin; block < mine.end; ++block)
+      factors.split_gradients(b.grad_slots, Range{block * split_depth, minimum((block + 1) * split_depth, rows)}, rows,
+                              Cell::input_first * sizes.hidden_padded, grad_x.data != nullptr,
+                              wants_weights ? sizes.slots * sizes.hidden_padded : 0);
   }
 
   // Before the first chunk, and before a barrier.
@@ -115,7 +146,7 @@ struct ChunkGradients {
       int64_t column = (Cell::input_first + i) * sizes.hidden_padded, gate = Cell::gate_of_input(i);
       for (Range mine; (mine = next_columns(*queue, sizes.hidden)).count();) {
         if (grads.input)
-          weight_gradient(b.grad_slots, column, mine, rows, b.x_panels, sizes.input,
+          weight_gradient(column, mine, rows, b.x_panels, sizes.input,
                           (T*)grads.input + gate * sizes.hidden * sizes.input, first_chunk);
         if (grads.input_bias) bias_gradient(column, mine, rows, (T*)grads.input_bias + gate * sizes.hidden, first_chunk);
       }
@@ -124,7 +155,7 @@ struct ChunkGradients {
       int64_t column = (Cell::hidden_first + i) * sizes.hidden_padded, gate = Cell::gate_of_hidden(i);
       for (Range mine; (mine = next_columns(*queue, sizes.hidden)).count();) {
         if (grads.hidden)
-          weight_gradient(b.grad_slots, column, mine, rows, b.h_panels, sizes.output,
+          weight_gradient(column, mine, rows, b.h_panels, sizes.output,
                           (T*)grads.hidden + gate * sizes.hidden * sizes.output, first_chunk);
         if (grads.hidden_bias) bias_gradient(column, mine, rows, (T*)grads.hidden_bias + gate * sizes.hidden, first_chunk);
       }
@@ -133,6 +164,18 @@ struct ChunkGradients {
       weight_gradient(b.grad_output, 0, mine, rows, b.hidden_panels, sizes.hidden, (T*)grads.projection, first_chunk);
   }
   Range next_columns(RangeQueue& queue, int64_t count) const { return queue.take(count, W, 2 * W, count, team.size); }
+
+  // Of the pre-activations' gradients and the chunk's inputs or, with the panels of those, its states.
+  void weight_gradient(int64_t column, Range mine, int64_t rows, const T* panels, int64_t width, T* target, bool first_chunk) {
+    if constexpr (has_split_products<T>)
+      if (is_split) {
+        auto factors = b.split;
+        factors.columns.k_blocks = factors.x.k_blocks = factors.h.k_blocks = split_blocks(rows);
+        return factors.weight_gradient(factors.columns, column, mine, panels == b.x_panels ? factors.x : factors.h, width, target,
+                                       first_chunk);
+      }
+    weight_gradient(b.grad_slots, column, mine, rows, panels, width, target, first_chunk);
+  }
 
   // target[m][n] (+)= sum over the chunk's rows of left[row][column + m] * right[row][n], m in `mine`.
   void weight_gradient(BlockedRows<T> left, int64_t column, Range mine, int64_t rows,
@@ -194,7 +237,10 @@ struct ChunkGradients {
   // columns leave no choice but rows.
   void input_gradient(Chunk chunk, int64_t chunk_first) {
     if (input_panels < 2 * team.size) {
-      input_gradient(chunk, chunk_first, split(chunk.rows, team.size, team.rank), Range{0, input_panels});
+      Range blocks = split((chunk.rows + row_unit - 1) / row_unit, team.size, team.rank);
+      input_gradient(chunk, chunk_first,
+                     Range{minimum(blocks.begin * row_unit, chunk.rows), minimum(blocks.end * row_unit, chunk.rows)},
+                     Range{0, input_panels});
       return;
     }
     int64_t runs = minimum(input_panels, 4 * team.size);
@@ -202,14 +248,23 @@ struct ChunkGradients {
       input_gradient(chunk, chunk_first, Range{0, chunk.rows}, split(input_panels, runs, run));
   }
 
-  void input_gradient(Chunk chunk, int64_t chunk_first, Range mine, Range panels) {
+  static constexpr int64_t row_unit = has_split_products<T> ? 32 : 1;  // rows that stay with one thread
+
+  void input_product(Range mine, Range panels) {
     alignas(64) static constexpr T zeros[W] = {};
     int64_t stride = input_padded;
+    if constexpr (has_split_products<T>)
+      if (is_split) return b.split.multiply_input(mine, panels, b.grad_x, stride);
     multiply_blocked<T>(
         [&](int64_t row, int64_t, int64_t k, int64_t) { return b.grad_slots.at(row, k); }, mine,
         Cell::input_first * sizes.hidden_padded, Cell::input_count * sizes.hidden_padded, b.packed_input, panels,
         [&](int64_t row, int64_t panel) { return TilePlace<T>{b.grad_x + row * stride + panel * W, stride, zeros, 0}; },
         [](int64_t, int64_t, int64_t) {});
+  }
+
+  void input_gradient(Chunk chunk, int64_t chunk_first, Range mine, Range panels) {
+    int64_t stride = input_padded;
+    input_product(mine, panels);
     int64_t column = panels.begin * W, count = minimum(panels.end * W, sizes.input) - column;
     for (int64_t position = chunk.begin; position < chunk.end; ++position) {
       int64_t t = walk.step(position), local = table.first_row[t] - chunk_first;

@@ -1,12 +1,16 @@
 // Threads, scratch memory and floating-point mode. See runtime.h.
 #include "runtime.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <dlfcn.h>
 #include <link.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <initializer_list>
@@ -154,6 +158,23 @@ void fastseq_prefer_huge_pages(void* block, size_t bytes) {
 #else
   (void)block;
   (void)bytes;
+#endif
+}
+
+int fastseq_matrix_unit_usable(void) {
+#if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
+  // Tiles are eight KiB of state that the system saves for a process only after it has asked (Linux 5.16 and later).
+  static const bool usable = [] {
+    constexpr unsigned tiles = 1u << 24, bfloat16 = 1u << 22;
+    constexpr int request_permission = 0x1023, tile_data = 18;
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    if ((edx & (tiles | bfloat16)) != (tiles | bfloat16)) return false;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  return usable;
+#else
+  return 0;
 #endif
 }
 

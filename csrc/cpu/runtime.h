@@ -14,6 +14,9 @@ void fastseq_run_parallel(int threads, void (*body)(void* context, int rank, int
 // thread that grows to the largest request and is given back when that was large: no shape-keyed cache.
 void* fastseq_workspace(size_t bytes);
 
+// Whether there is an AMX unit for bfloat16 and the system lets this process use it; asks the system at the first call.
+int fastseq_matrix_unit_usable(void);
+
 // Asks for huge pages behind a large block that is about to be written for the first time.
 void fastseq_prefer_huge_pages(void* block, size_t bytes);
 

@@ -29,6 +29,12 @@
 #define FS_TILE_ROWS 6
 #endif
 
+#if defined(__AMX_BF16__)
+#define FS_MATRIX_UNIT 1
+#else
+#define FS_MATRIX_UNIT 0
+#endif
+
 namespace fastseq::FS_ISA {
 namespace {
 
