@@ -86,6 +86,8 @@ struct fastseq_cuda_plan {
 // Every function returns 0 or an error, which fastseq_cuda_error() puts in words: kernel, shape and CUDA's own message.
 const char* fastseq_cuda_error(void);
 int fastseq_cuda_device_count(int32_t* count);
+// The calling thread's device from now on: the library has a CUDA runtime of its own, which does not know what torch's was told.
+int fastseq_cuda_use_device(int32_t device);
 // Bytes of the structs above as the library sees them, for bindings written by hand: see struct_bytes in dispatch.cu.
 int64_t fastseq_cuda_struct_bytes(int32_t index);
 const char* fastseq_cuda_architectures(void);  // what the library was compiled for

@@ -33,6 +33,8 @@ __all__ = [
     "RnnShape",
     "Rows",
     "Scores",
+    "decide_early",
+    "describe",
     "library",
     "off_reason",
 ]
@@ -263,6 +265,10 @@ class Library:
         self._check(self._functions.fastseq_cuda_device_count(ctypes.byref(count)))
         return count.value
 
+    def use_device(self, index: int) -> None:
+        """Launch on this device from now on, in the calling thread."""
+        self._check(self._functions.fastseq_cuda_use_device(c_int32(index)))
+
     def slot_count(self, cell: str) -> int:
         """Values per unit and step that pass through the recurrent kernels."""
         return int(self._functions.fastseq_cuda_slot_count(self.cells[cell]))
@@ -342,15 +348,35 @@ def _path() -> Path | None:
 _found: tuple[Library | None, str | None] | None = None
 
 
-def _find() -> tuple[Library | None, str | None]:
-    path = _path()
-    if path is None:
-        return None, "not built (build with FASTSEQ_CUDA=ON where there is nvcc)"
+def _reason_of_installation() -> str | None:
+    """What speaks against the library before anything is loaded."""
+    if _path() is None:
+        return "not built (build with FASTSEQ_CUDA=ON where there is nvcc)"
     if os.environ.get(SWITCH, "0") in ("", "0"):
-        return None, (
+        return (
             "built, but its kernels have been compiled and tested under emulation only and have "
             f"never run on a device; {SWITCH}=1 uses them all the same"
         )
+    return None
+
+
+def decide_early() -> None:
+    """Settle the usual answer, "off", at import.
+
+    A compiler that records a call then finds a constant instead of a search for files. Where the
+    library may be used nothing happens: to ask for devices starts the driver, after which a process
+    can no longer be forked.
+    """
+    global _found
+    reason = _reason_of_installation()
+    if _found is None and reason is not None:
+        _found = None, reason
+
+
+def _find() -> tuple[Library | None, str | None]:
+    reason, path = _reason_of_installation(), _path()
+    if reason is not None or path is None:
+        return None, reason
     try:
         found = Library(path)
         count = found.device_count()

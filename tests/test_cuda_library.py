@@ -46,6 +46,15 @@ def test_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
         _cuda_library.library()
 
 
+def test_decide_early(switched_on: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _cuda_library.decide_early()
+    assert _cuda_library._found is None  # the driver is asked when a CUDA tensor arrives
+    monkeypatch.delenv(_cuda_library.SWITCH)
+    _cuda_library.decide_early()
+    assert _cuda_library._found is not None
+    assert _cuda_library._found == (None, _cuda_library.off_reason())
+
+
 @pytest.mark.parametrize("value", [None, "0", ""])
 def test_off_until_switched_on(
     built: Path, value: str | None, monkeypatch: pytest.MonkeyPatch

@@ -288,6 +288,11 @@ def shrink() -> int:
     return 0
 
 
+def test_unknown_device_is_refused(library: Library) -> None:
+    with pytest.raises(RuntimeError, match="device 7: invalid device ordinal"):
+        library.use_device(7)
+
+
 def test_launch_mode_rejects_unknown_names() -> None:
     with pytest.raises(ValueError, match=r"launch_mode must be one of .* got 'fast'"):
         cuda.launch_mode("fast").__enter__()

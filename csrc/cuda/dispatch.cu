@@ -62,6 +62,11 @@ FS_EXPORT int fastseq_cuda_device_count(int32_t* count) {
   return status == cudaSuccess ? 0 : report(status, "%s", cudaGetErrorString(status));
 }
 
+FS_EXPORT int fastseq_cuda_use_device(int32_t device) {
+  cudaError_t status = cudaSetDevice(device);
+  return status == cudaSuccess ? 0 : report(status, "device %d: %s", (int)device, cudaGetErrorString(status));
+}
+
 FS_EXPORT int64_t fastseq_cuda_struct_bytes(int32_t index) {
   constexpr int64_t bytes[] = {sizeof(fastseq_cuda_rnn_forward), sizeof(fastseq_cuda_rnn_backward), sizeof(fastseq_cuda_plan),
                                sizeof(fastseq_attention_forward), sizeof(fastseq_attention_backward)};

@@ -16,6 +16,7 @@ FUSED_DTYPES = frozenset({torch.float32, torch.float64})
 CUDA_DTYPES = frozenset({*FUSED_DTYPES, torch.bfloat16, torch.float16})
 
 _warned_reasons: set[str] = set()
+_cuda_library.decide_early()
 
 
 class FastseqFallbackWarning(UserWarning):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,9 +68,17 @@ def stream_of(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The block in which the tensor's device is the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+@contextlib.contextmanager
+def device_of(tensor: Tensor) -> Iterator[_cuda_library.Library]:
+    """The library, in a block in which the tensor's device is the current one."""
+    library = _cuda_library.library()
+    if not tensor.is_cuda:  # the emulated device of the tests
+        library.use_device(0)
+        yield library
+        return
+    with torch.cuda.device(tensor.device):
+        library.use_device(tensor.get_device())
+        yield library
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -213,8 +221,7 @@ def _shape(
 
 
 def _launch(cell: str, like: Tensor, call: RnnForward | RnnBackward) -> None:
-    library = _cuda_library.library()
-    with device_of(like):
+    with device_of(like) as library:
         dtype = dtype_name(like)
         plan = library.rnn_plan(cell, dtype, isinstance(call, RnnBackward), _mode, call.shape)
         barriers = None

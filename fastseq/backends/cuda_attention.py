@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastseq import _cuda_library
 from fastseq._attention import WEIGHTS_MEAN, WEIGHTS_NONE, Options, Terms
 from fastseq._cuda_library import (
     AttentionBackward,
@@ -182,8 +181,8 @@ def attention_forward(
         weights=table,
         average_weights=weights == WEIGHTS_MEAN,
     )
-    with device_of(query):
-        _cuda_library.library().run_attention_forward(dtype_name(query), call, stream_of(query))
+    with device_of(query) as library:
+        library.run_attention_forward(dtype_name(query), call, stream_of(query))
     if not save:
         row_maximum = row_scale = None
     return output, lse, row_maximum, row_scale, probabilities
@@ -239,8 +238,6 @@ def attention_backward(
         grad_bias_elements=0 if grad_bias is None else grad_bias.numel(),
         grad_sinks=address(grad_sinks),
     )
-    with device_of(query):
-        _cuda_library.library().run_attention_backward(
-            dtype_name(query), call, _rows(delta), stream_of(query)
-        )
+    with device_of(query) as library:
+        library.run_attention_backward(dtype_name(query), call, _rows(delta), stream_of(query))
     return grads
