@@ -13,9 +13,10 @@ BUILD_INPUTS := pyproject.toml $(wildcard CMakeLists.txt) \
           -o -name 'CMakeLists.txt' -o -name '*.pyx' -o -name '*.pxd' 2>/dev/null)
 
 .DEFAULT_GOAL := help
+# Lists what clang-format looks at.
+CXX_SOURCES := find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 # What the README shows of measurements comes from these files and nowhere else.
 RESULTS := $(addprefix benchmarks/results/,rnn.json attention.json transformer.json)
-CXX_SOURCES := find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 FILL_README = $(BIN)/python -m fastseq.bench readme $(RESULTS) README.md --figures docs/figures
 
 .PHONY: help demo test bench report readme lint format clean

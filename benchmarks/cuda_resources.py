@@ -1,7 +1,7 @@
 """Registers, shared memory and spills of every CUDA kernel, from what ptxas said while building.
 
-cmake -S . -B build/cuda -G Ninja -DFASTSEQ_CUDA=ON && ninja -C build/cuda fastseq_cuda > log
-python benchmarks/cuda_resources.py log > docs/cuda-kernels.txt
+``cmake -S . -B build/cuda -G Ninja -DFASTSEQ_CUDA=ON && ninja -C build/cuda fastseq_cuda > log``,
+``python benchmarks/cuda_resources.py log > docs/cuda-kernels.txt``.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def table(log: str) -> str:
     rows = []
     for match, name in zip(found, demangled.stdout.splitlines(), strict=True):
         short = name.replace("fastseq::cuda::(anonymous namespace)::", "").removeprefix("void ")
-        short = (
-            short.split("(", 1)[0].replace("__nv_bfloat16", "bfloat16").replace("__half", "half")
-        )
+        short = short.split("(", 1)[0]
+        for storage, word in (("__nv_bfloat16", "bfloat16"), ("__half", "float16")):
+            short = short.replace(storage, word)
         spilled = int(match["stores"]) + int(match["loads"])
         rows.append((short, match["architecture"], match["registers"], match["shared"], spilled))
     lines = [f"{'kernel':<44} {'for':<8} {'registers':>9} {'shared':>8} {'spilled':>8}"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from emulated_cuda import library_path
+from emulated_cuda import ROOT, library_path
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastseq
@@ -107,6 +109,17 @@ def test_no_device(switched_on: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_library_is_looked_for_beside_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     beside = Path(_config.extension().__file__).with_name(_cuda_library.FILE_NAME)
     assert _cuda_library._path() == (beside if beside.exists() else None)
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not in PATH")
+@pytest.mark.parametrize("value", ["AUTO", "OFF", "MAYBE"])
+def test_build_option(value: str) -> None:
+    """AUTO builds nothing either: the script returns before it asks for a compiler."""
+    script = str(ROOT / "cmake" / "cuda.cmake")
+    command = ["cmake", f"-DFASTSEQ_CUDA={value}", "-P", script]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode == 0) == (value != "MAYBE"), done.stderr
+    assert ("must be AUTO, ON or OFF, got 'MAYBE'" in done.stderr) == (value == "MAYBE")
 
 
 def test_info_says_why(built: Path) -> None:
