@@ -32,9 +32,9 @@ def table(log: str) -> str:
             short = short.replace(storage, word)
         spilled = int(match["stores"]) + int(match["loads"])
         rows.append((short, match["architecture"], match["registers"], match["shared"], spilled))
-    lines = [f"{'kernel':<44} {'for':<8} {'registers':>9} {'shared':>8} {'spilled':>8}"]
+    lines = [f"{'kernel':<48} {'for':<8} {'registers':>9} {'shared':>8} {'spilled':>8}"]
     for short, architecture, registers, shared, spilled in sorted(rows):
-        lines.append(f"{short:<44} {architecture:<8} {registers:>9} {shared or 0:>8} {spilled:>8}")
+        lines.append(f"{short:<48} {architecture:<8} {registers:>9} {shared or 0:>8} {spilled:>8}")
     return "\n".join(lines)
 
 
