@@ -36,9 +36,9 @@ struct SplitLinearForward : LinearForward<float> {
   static constexpr int64_t lane_outputs = 32;
 
   struct Lanes {
-    SplitPanels x;    // [x panels], rows of x in the lanes
-    SplitRows w;      // [lane_outputs, K], a thread's own
-    float* sums;      // [x panels][output_block][W], likewise; of a block the first lane_outputs are used
+    SplitPanels x;  // [x panels], rows of x in the lanes
+    SplitRows w;    // [lane_outputs, K], a thread's own
+    float* sums;    // [x panels][output_block][W], likewise; of a block the first lane_outputs are used
   };
 
   int run_in_lanes() {
@@ -149,8 +149,7 @@ struct SplitLinearForward : LinearForward<float> {
 
   void multiply_chunk(Many& b, const LinearEpilogue<float>& epilogue, Range rows, int64_t first, int64_t count) {
     enter_phase(Phase::pack);
-    for (int64_t row = rows.begin; row < rows.end; ++row)
-      split_row(at<float>(call.x, row, 0), depth, b.x, row - rows.begin);
+    for (int64_t row = rows.begin; row < rows.end; ++row) split_row(at<float>(call.x, row, 0), depth, b.x, row - rows.begin);
     int64_t tiles = row_tiles(rows.count());
     for (int64_t row = rows.count(); row < tiles * split_rows; ++row) zero_split_row(b.x, row);
     enter_phase(Phase::product);
@@ -262,21 +261,19 @@ struct SplitLinearBackward : LinearBackward<float> {
                          [&](int64_t tile, int64_t tile_rows, int64_t panel, const float* c) {
                            int64_t first = tile * split_rows, column = inputs.begin + panel * W;
                            put(c, minimum(tile_rows, rows.count() - first), minimum(W, inputs.end - column),
-                               at<float>(call.grad_x, rows.begin + first, column), call.grad_x.row_stride,
-                               outputs.begin > 0);
+                               at<float>(call.grad_x, rows.begin + first, column), call.grad_x.row_stride, outputs.begin > 0);
                          });
       }
       if (call.grad_weight) {
         enter_phase(Phase::weight_gradient);
-        for (Range mine; (mine = queues.grad_weight.take(row_tiles(outputs.count()), 2, 2, grad_weight_tiles(), team.size))
-                             .count();)
-          multiply_split(dz_columns, mine, x, Range{0, panels},
-                         [&](int64_t tile, int64_t tile_rows, int64_t panel, const float* c) {
-                           int64_t first = tile * split_rows, column = inputs.begin + panel * W;
-                           put(c, minimum(tile_rows, outputs.count() - first), minimum(W, inputs.end - column),
-                               (float*)call.grad_weight + (outputs.begin + first) * shape.inputs + column, shape.inputs,
-                               rows.begin > 0);
-                         });
+        for (Range mine;
+             (mine = queues.grad_weight.take(row_tiles(outputs.count()), 2, 2, grad_weight_tiles(), team.size)).count();)
+          multiply_split(
+              dz_columns, mine, x, Range{0, panels}, [&](int64_t tile, int64_t tile_rows, int64_t panel, const float* c) {
+                int64_t first = tile * split_rows, column = inputs.begin + panel * W;
+                put(c, minimum(tile_rows, outputs.count() - first), minimum(W, inputs.end - column),
+                    (float*)call.grad_weight + (outputs.begin + first) * shape.inputs + column, shape.inputs, rows.begin > 0);
+              });
       }
       enter_phase(Phase::bias_gradient);
       if (call.grad_bias && !inputs.begin) sum_columns(queues.columns, rows, outputs);
@@ -300,8 +297,8 @@ struct SplitLinearBackward : LinearBackward<float> {
   }
 
   // target (+)= sums.
-  FS_INLINE void put(const float* sums /* [rows][W] */, int64_t rows, int64_t columns, float* target,
-                     int64_t target_stride, bool adds) {
+  FS_INLINE void put(const float* sums /* [rows][W] */, int64_t rows, int64_t columns, float* target, int64_t target_stride,
+                     bool adds) {
     for (int64_t row = 0; row < rows; ++row, sums += W, target += target_stride)
       for (int64_t v = 0; v < columns; v += L) {
         Vec<float> value = load(sums + v);

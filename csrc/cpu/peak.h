@@ -5,6 +5,7 @@
 #include <time.h>
 
 #include "parallel.h"
+#include "split.h"
 
 namespace fastseq::FS_ISA {
 namespace {
@@ -59,6 +60,19 @@ double rate_of_team(int threads, double seconds, Prepare prepare, Burst burst) {
   return total * 1e-9;
 }
 
+#if FS_MATRIX_UNIT
+// On this tier float32 products are the matrix unit's: its peak is that of the tile the kernels use, with factors in L1.
+FS_NOINLINE double split_burst() {
+  constexpr int64_t k_blocks = 2, rounds = 200;
+  TileMode mode;
+  alignas(64) uint16_t left[2 * k_blocks * left_block_elements] = {}, right[k_blocks * right_block_elements] = {};
+  alignas(64) float sums[2 * split_rows * split_panel_width];
+  for (int64_t i = 0; i < rounds; ++i)
+    split_tile_pair(left, k_blocks * left_block_elements, right, k_blocks, sums, split_panel_width);
+  return 2.0 * 2 * split_rows * split_panel_width * split_depth * k_blocks * rounds;
+}
+#endif
+
 // GFLOP/s of all threads together over about `seconds`.
 template <class T>
 double fma_gflops(int threads, double seconds) {
@@ -67,6 +81,9 @@ double fma_gflops(int threads, double seconds) {
       [](int) {
         alignas(64) T sink[lanes<T>];
         for (int i = 0; i < lanes<T>; ++i) sink[i] = (T)0.5;
+#if FS_MATRIX_UNIT
+        if constexpr (has_split_products<T>) return split_burst();
+#endif
         return fma_burst<T>(sink);
       });
 }

@@ -251,8 +251,7 @@ struct RnnForward {
       enter_phase(Phase::pack);
       for (int64_t i = mine.begin; i < mine.end; ++i) {
         int64_t t = walk.step(chunk.begin + i);
-        for (int64_t row = 0; row < table.alive(t); ++row)
-          copy_input(x.at(t, row), table.first_row[t] - first_row + row);
+        for (int64_t row = 0; row < table.alive(t); ++row) copy_input(x.at(t, row), table.first_row[t] - first_row + row);
       }
       if constexpr (has_split_products<T>)
         if (layer.is_split && team.rank == 0) b.split.end_input(chunk.rows);
@@ -341,17 +340,17 @@ struct RnnForward {
 
     // Where one row keeps what belongs to the first unit of a block.
     struct UnitPointers {
-      T* slots;         // [slots][hidden_padded]; NULL when the chunk has no slot buffer
-      T* cell;          // c, updated in place
-      T* saved_cell;    // reserve, or NULL
-      T* saved_hidden;  // reserve, with a projection, or NULL
-      T* final_cell;    // user's, NULL before the row's last step
-      T* final_hidden;  // likewise; both NULL-checked once per vector
-      const T* before;  // h_{t-1}
-      T* after;         // h_t, or the unprojected output
+      T* slots;               // [slots][hidden_padded]; NULL when the chunk has no slot buffer
+      T* cell;                // c, updated in place
+      T* saved_cell;          // reserve, or NULL
+      T* saved_hidden;        // reserve, with a projection, or NULL
+      T* final_cell;          // user's, NULL before the row's last step
+      T* final_hidden;        // likewise; both NULL-checked once per vector
+      const T* before;        // h_{t-1}
+      T* after;               // h_t, or the unprojected output
       uint16_t* after_split;  // h_t for the matrix unit, or NULL
       const T* bias;          // [slots][hidden_padded]
-      T* y;             // user's output, NULL with a projection
+      T* y;                   // user's output, NULL with a projection
     };
 
     // Product and cell update for one block of units and a few rows; the pre-activations stay in L1 between the two.
@@ -435,7 +434,7 @@ struct RnnForward {
         slot[s] = is_hidden_slot(s) ? load(sums + s * block_rows * W + v) : load(at.slots + s * sizes.hidden_padded + v);
       if constexpr (has_split_products<T>)
         if (layer.is_split) {
-          // These sums started from zero.
+        // These sums started from zero.
 #pragma GCC unroll 8
           for (int s = Cell::hidden_first; s < Cell::hidden_first + Cell::hidden_count; ++s)
             slot[s] += load((is_input_slot(s) ? at.slots : at.bias) + s * sizes.hidden_padded + v);

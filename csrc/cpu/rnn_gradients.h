@@ -62,7 +62,7 @@ struct ChunkGradients {
   int64_t input_panels, input_padded;
   bool adds_to_grad_x;  // another direction has written it
   bool is_split;
-  int64_t chunks = 0;   // done so far
+  int64_t chunks = 0;  // done so far
 
   // h_before(t, row) is where h_{t-1} of a row lies, NULL for zeros.
   template <class Before>
@@ -146,8 +146,8 @@ struct ChunkGradients {
       int64_t column = (Cell::input_first + i) * sizes.hidden_padded, gate = Cell::gate_of_input(i);
       for (Range mine; (mine = next_columns(*queue, sizes.hidden)).count();) {
         if (grads.input)
-          weight_gradient(column, mine, rows, b.x_panels, sizes.input,
-                          (T*)grads.input + gate * sizes.hidden * sizes.input, first_chunk);
+          weight_gradient(column, mine, rows, b.x_panels, sizes.input, (T*)grads.input + gate * sizes.hidden * sizes.input,
+                          first_chunk);
         if (grads.input_bias) bias_gradient(column, mine, rows, (T*)grads.input_bias + gate * sizes.hidden, first_chunk);
       }
     }
@@ -155,8 +155,8 @@ struct ChunkGradients {
       int64_t column = (Cell::hidden_first + i) * sizes.hidden_padded, gate = Cell::gate_of_hidden(i);
       for (Range mine; (mine = next_columns(*queue, sizes.hidden)).count();) {
         if (grads.hidden)
-          weight_gradient(column, mine, rows, b.h_panels, sizes.output,
-                          (T*)grads.hidden + gate * sizes.hidden * sizes.output, first_chunk);
+          weight_gradient(column, mine, rows, b.h_panels, sizes.output, (T*)grads.hidden + gate * sizes.hidden * sizes.output,
+                          first_chunk);
         if (grads.hidden_bias) bias_gradient(column, mine, rows, (T*)grads.hidden_bias + gate * sizes.hidden, first_chunk);
       }
     }
@@ -171,8 +171,8 @@ struct ChunkGradients {
       if (is_split) {
         auto factors = b.split;
         factors.columns.k_blocks = factors.x.k_blocks = factors.h.k_blocks = split_blocks(rows);
-        return factors.weight_gradient(factors.columns, column, mine, panels == b.x_panels ? factors.x : factors.h, width, target,
-                                       first_chunk);
+        return factors.weight_gradient(factors.columns, column, mine, panels == b.x_panels ? factors.x : factors.h, width,
+                                       target, first_chunk);
       }
     weight_gradient(b.grad_slots, column, mine, rows, panels, width, target, first_chunk);
   }

@@ -146,9 +146,8 @@ struct SplitBackward<float> {
                           SplitPanels target) {
     for (int64_t block = 0; block < target.k_blocks; ++block) {
       int64_t gate = gate_of((int)(block * split_depth / padded)), unit = block * split_depth % padded;
-      split_panel_rows(
-          [&](int64_t k) { return weight + (gate * hidden + unit + k) * columns + panel * split_panel_width; },
-          hidden - unit, columns - panel * split_panel_width, target.at(panel, block));
+      split_panel_rows([&](int64_t k) { return weight + (gate * hidden + unit + k) * columns + panel * split_panel_width; },
+                       hidden - unit, columns - panel * split_panel_width, target.at(panel, block));
     }
   }
 

@@ -9,7 +9,7 @@
 // What the split cannot hold:
 //   Inf, NaN        Inf * 0 of a lower part is NaN. A tile in which a NaN appears is computed once more from the whole values, so
 //                   that results are what they would be without the split.
-//   tiny numbers    the unit reads what is below 2^-126 as zero, lower parts too: a value below 2^-110 loses digits at its end.
+//   tiny numbers    the unit reads what is below 2^-126 as zero, lower parts too: a value below 2^-103 loses digits at its end.
 //
 // Layouts, in tiles of 16 rows of 64 bytes:
 //   left factor   [row tile of 16 rows][k block of 32][part][16 rows][32 k]
@@ -25,13 +25,13 @@ namespace {
 template <class T>
 inline constexpr bool has_split_products = FS_MATRIX_UNIT && sizeof(T) == 4;
 
-inline constexpr int64_t split_depth = 32;                                            // k of a block
-inline constexpr int64_t split_rows = 16;                                             // rows of a tile
-inline constexpr int64_t split_parts = 3;                                             // high, middle, low
-inline constexpr int64_t tile_elements = split_rows * split_depth;                    // of one part
-inline constexpr int64_t left_block_elements = split_parts * tile_elements;           // of one row tile and k block
-inline constexpr int64_t right_block_elements = 2 * left_block_elements;              // of one panel and k block
-inline constexpr int64_t split_panel_width = panel_width<float>;                      // 32 columns
+inline constexpr int64_t split_depth = 32;                                   // k of a block
+inline constexpr int64_t split_rows = 16;                                    // rows of a tile
+inline constexpr int64_t split_parts = 3;                                    // high, middle, low
+inline constexpr int64_t tile_elements = split_rows * split_depth;           // of one part
+inline constexpr int64_t left_block_elements = split_parts * tile_elements;  // of one row tile and k block
+inline constexpr int64_t right_block_elements = 2 * left_block_elements;     // of one panel and k block
+inline constexpr int64_t split_panel_width = panel_width<float>;             // 32 columns
 
 FS_INLINE int64_t split_blocks(int64_t depth) { return (depth + split_depth - 1) / split_depth; }
 FS_INLINE int64_t row_tiles(int64_t rows) { return (rows + split_rows - 1) / split_rows; }
@@ -134,7 +134,8 @@ FS_INLINE SplitVector split_vector(__m512 value) {
   const __m512i upper = _mm512_set1_epi32((int)0xffff0000), half = _mm512_set1_epi32(0x8000);
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff), largest = _mm512_set1_epi32(0x7f7f7fff);
   __m512i bits = _mm512_castps_si512(value);
-  if (__builtin_expect(_mm512_cmpgt_epi32_mask(_mm512_and_si512(bits, magnitude), largest) != 0, 0)) return split_special(value);
+  if (__builtin_expect(_mm512_cmpgt_epi32_mask(_mm512_and_si512(bits, magnitude), largest) != 0, 0))
+    return split_special(value);
   SplitVector split;
   split.part[0] = _mm512_and_si512(_mm512_add_epi32(bits, half), upper);
   __m512 rest = _mm512_sub_ps(value, _mm512_castsi512_ps(split.part[0]));
@@ -156,9 +157,7 @@ FS_INLINE __m512i pair_upper_halves(__m512i even, __m512i odd) {
   return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(even, 16), odd);
 }
 
-FS_INLINE __m512 load_lanes(const float* source, int64_t count) {
-  return (__m512)load_partial(source, count < 0 ? 0 : count);
-}
+FS_INLINE __m512 load_lanes(const float* source, int64_t count) { return (__m512)load_partial(source, count < 0 ? 0 : count); }
 
 // Writes 32 values of one row of a left factor; target is the row in the first part's tile.
 FS_INLINE void store_split_row(__m512 first, __m512 second, uint16_t* target) {
@@ -283,16 +282,16 @@ FS_NOINLINE void split_tile_pair(const uint16_t* a, int64_t a_tile_step, const u
     _tile_loadd(7, right + tile_elements, 64);
     _tile_loadd(5, left2 + low, 64);
     FS_FOUR_PRODUCTS  // low high
-    _tile_loadd(4, left + middle, 64);
+        _tile_loadd(4, left + middle, 64);
     _tile_loadd(5, left2 + middle, 64);
     FS_FOUR_PRODUCTS  // middle high
-    _tile_loadd(6, right + 2 * middle, 64);
+        _tile_loadd(6, right + 2 * middle, 64);
     _tile_loadd(7, right + 3 * middle, 64);
     FS_FOUR_PRODUCTS  // middle middle
-    _tile_loadd(4, left, 64);
+        _tile_loadd(4, left, 64);
     _tile_loadd(5, left2, 64);
     FS_FOUR_PRODUCTS  // high middle
-    _tile_loadd(6, right + 4 * middle, 64);
+        _tile_loadd(6, right + 4 * middle, 64);
     _tile_loadd(7, right + 5 * middle, 64);
     FS_FOUR_PRODUCTS  // high low
   }
@@ -356,7 +355,7 @@ FS_INLINE bool has_nan(const float* c /* [rows][32] */, int64_t c_stride, int64_
   return found;
 }
 
-// Rows of one tile once more, from the whole values: parts add up to them exactly.
+// The sums of one tile that are NaN once more, from the whole values: parts add up to them exactly. The others keep their bits.
 FS_NOINLINE void repair_tile(const uint16_t* a, const uint16_t* b, int64_t k_blocks, float* c, int64_t c_stride) {
   auto whole = [](const uint16_t* part, int64_t step) {
     float sum = 0;
@@ -369,6 +368,12 @@ FS_NOINLINE void repair_tile(const uint16_t* a, const uint16_t* b, int64_t k_blo
     return sum;
   };
   for (int64_t row = 0; row < split_rows; ++row) {
+    __mmask16 wrong[2];
+    for (int half = 0; half < 2; ++half) {
+      __m512 found = _mm512_loadu_ps(c + row * c_stride + half * 16);
+      wrong[half] = _mm512_cmp_ps_mask(found, found, _CMP_UNORD_Q);
+    }
+    if (!(wrong[0] | wrong[1])) continue;
     __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t k = 0; k < k_blocks * split_depth; ++k) {
       float left = whole(a + k / split_depth * left_block_elements + row * split_depth + k % split_depth, tile_elements);
@@ -383,8 +388,7 @@ FS_NOINLINE void repair_tile(const uint16_t* a, const uint16_t* b, int64_t k_blo
         sum[half] = _mm512_fmadd_ps(_mm512_set1_ps(left), value, sum[half]);
       }
     }
-    _mm512_storeu_ps(c + row * c_stride, sum[0]);
-    _mm512_storeu_ps(c + row * c_stride + 16, sum[1]);
+    for (int half = 0; half < 2; ++half) _mm512_mask_storeu_ps(c + row * c_stride + half * 16, wrong[half], sum[half]);
   }
 }
 
