@@ -9,9 +9,12 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # What the compiled part depends on; a change in a plain .py file needs no new install.
 BUILD_INPUTS := pyproject.toml $(wildcard CMakeLists.txt) \
   $(shell find cmake csrc fastseq -name '*.cpp' -o -name '*.h' -o -name '*.def' -o -name '*.cmake' \
+          -o -name '*.cu' -o -name '*.cuh' \
           -o -name 'CMakeLists.txt' -o -name '*.pyx' -o -name '*.pxd' 2>/dev/null)
 
 .DEFAULT_GOAL := help
+# Lists what clang-format looks at.
+CXX_SOURCES := find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 # What the README shows of measurements comes from these files and nowhere else.
 RESULTS := $(addprefix benchmarks/results/,rnn.json attention.json transformer.json)
 FILL_README = $(BIN)/python -m fastseq.bench readme $(RESULTS) README.md --figures docs/figures
@@ -50,12 +53,12 @@ lint: $(VENV)/.lint  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(CXX_SOURCES) | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/.lint  ## rewrite the files in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+	$(CXX_SOURCES) | xargs $(BIN)/clang-format -i
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

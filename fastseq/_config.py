@@ -225,7 +225,7 @@ def _threads() -> int:
 
 def capabilities() -> dict[str, Any]:
     """What this build and this machine can do, as a plain dict (see ``python -m fastseq.info``)."""
-    from fastseq import __version__
+    from fastseq import __version__, _cuda_library
 
     result: dict[str, Any] = {
         "version": __version__,
@@ -240,7 +240,7 @@ def capabilities() -> dict[str, Any]:
         "caches_bytes": _caches_bytes(),
         "extension": {"available": True, "reason": None},
         "numba": {"available": True, "reason": None},
-        "cuda": {"available": False, "reason": "this version has no CUDA kernels"},
+        "cuda": _cuda_library.describe(),
     }
     if not _has_numba():
         result["numba"] = {"available": False, "reason": "pip install 'fastseq[numba]'"}

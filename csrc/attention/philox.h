@@ -7,6 +7,11 @@
 
 #include <stdint.h>
 
+// How these functions are declared where a compiler for another processor reads them, too.
+#ifndef FASTSEQ_PHILOX_FUNCTION
+#define FASTSEQ_PHILOX_FUNCTION inline __attribute__((always_inline))
+#endif
+
 namespace fastseq {
 namespace {
 
@@ -19,7 +24,7 @@ struct PhiloxConstants {
 // Wide: an integer, or a vector of integers, of 64 bits; every word lies in the low half of one. multiply(word, constant)
 // is their product, broadcast(word) the constant in every lane.
 template <class Wide, class Multiply, class Broadcast>
-inline __attribute__((always_inline)) void philox(Wide (&word)[4], uint64_t seed, Multiply multiply, Broadcast broadcast) {
+FASTSEQ_PHILOX_FUNCTION void philox(Wide (&word)[4], uint64_t seed, Multiply multiply, Broadcast broadcast) {
   using C = PhiloxConstants;
   uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
   Wide low = broadcast(0xFFFFFFFFu);
@@ -36,7 +41,7 @@ inline __attribute__((always_inline)) void philox(Wide (&word)[4], uint64_t seed
 }
 
 // Words below this are dropped; 2^32 drops all of them.
-inline uint64_t dropout_threshold(double probability) { return (uint64_t)(probability * 4294967296.0 + 0.5); }
+FASTSEQ_PHILOX_FUNCTION uint64_t dropout_threshold(double probability) { return (uint64_t)(probability * 4294967296.0 + 0.5); }
 
 }  // namespace
 }  // namespace fastseq

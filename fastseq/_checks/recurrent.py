@@ -181,6 +181,7 @@ def layers(
     if not fused:
         return
 
+    on_cpu = input.is_cpu  # as a rule, and the test that takes least
     index = 0
     for layer in range(num_layers):
         if layer:
@@ -193,7 +194,11 @@ def layers(
         for _ in range(directions):
             for shape_expected in expected:
                 weight = weights[index]
-                if weight.shape != shape_expected or weight.dtype is not dtype or not weight.is_cpu:
+                if (
+                    weight.shape != shape_expected
+                    or weight.dtype is not dtype
+                    or (not weight.is_cpu if on_cpu else weight.device != input.device)
+                ):
                     _raise_weight(f"weights[{index}]", weight, shape_expected, input)
                 index += 1
 
@@ -203,7 +208,7 @@ _NAMES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 
 def _check_states(hx: Tensor | None, cx: Tensor | None, input: Tensor) -> None:
     for name, state in (("hx", hx), ("cx", cx)):
-        if state is not None and (state.dtype is not input.dtype or not state.is_cpu):
+        if state is not None and (state.dtype is not input.dtype or state.device != input.device):
             raise RuntimeError(
                 f"{name} must have the dtype and device of input: expected {input.dtype} on "
                 f"{input.device}, got {state.dtype} on {state.device}"
@@ -338,6 +343,6 @@ def cell(
         ("b_hh", b_hh, (gate_rows,)),
     ):
         if weight is not None and (
-            weight.shape != expected or weight.dtype is not dtype or not weight.is_cpu
+            weight.shape != expected or weight.dtype is not dtype or weight.device != input.device
         ):
             _raise_weight(name, weight, expected, input)

@@ -67,6 +67,7 @@ library.define(
 _WITH_KERNELS = frozenset({"cpu", "numba"})
 _cpu_module: Any = None
 _numba_module: Any = None
+_cuda_module: Any = None
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -74,16 +75,25 @@ _get_tracing_state = torch._C._get_tracing_state
 _are_transforms_active = torch._C._are_functorch_transforms_active
 
 
-def _kernels() -> Any:
-    """The module of the backend in use that has the kernels."""
-    global _cpu_module, _numba_module
+def _cpu() -> Any:
+    global _cpu_module
+    if _cpu_module is None:
+        from fastseq.backends import cpu_attention as _cpu_module
+    return _cpu_module
+
+
+def _kernels(query: Tensor) -> Any:
+    """The module that has the kernels for the tensor's device, on the CPU of the backend in use."""
+    global _numba_module, _cuda_module
+    if not query.is_cpu:
+        if _cuda_module is None:
+            from fastseq.backends import cuda_attention as _cuda_module
+        return _cuda_module
     if (_config._backend or _config.backend_name()) == "numba":
         if _numba_module is None:
             from fastseq.backends.numba import attention as _numba_module
         return _numba_module
-    if _cpu_module is None:
-        from fastseq.backends import cpu_attention as _cpu_module
-    return _cpu_module
+    return _cpu()
 
 
 def _split_forward(rest: Sequence[Any]) -> tuple[Terms, Options, bool, int]:
@@ -106,12 +116,13 @@ def _split_backward(
 # --- kernels
 
 
+@torch.library.impl(library, "attention_forward", "CUDA")
 @torch.library.impl(library, "attention_forward", "CPU")
 def _attention_forward(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     terms, options, save, weights = _split_forward(rest)
-    output, lse, row_maximum, row_scale, probabilities = _kernels().attention_forward(
+    output, lse, row_maximum, row_scale, probabilities = _kernels(query).attention_forward(
         query, key, value, terms, options, save, weights
     )
     return (
@@ -123,6 +134,7 @@ def _attention_forward(
     )
 
 
+@torch.library.impl(library, "attention_backward", "CUDA")
 @torch.library.impl(library, "attention_backward", "CPU")
 def _attention_backward(
     grad_output: Tensor | None,
@@ -133,7 +145,7 @@ def _attention_backward(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     terms, saved, options, needs = _split_backward(rest)
-    grads = _kernels().attention_backward(
+    grads = _kernels(query).attention_backward(
         grad_output, grad_lse, query, key, value, terms, *saved, options, needs
     )
     return tuple(or_empty(grad, query) for grad in grads)
@@ -158,11 +170,13 @@ def _attention_forward_fake(
     elif weights == WEIGHTS_MEAN:
         weights_shape = (weights_shape[0], *weights_shape[2:])
     saved_shape = rows if save else (0,)
+    # What is kept of a row has not the range it needs in half precision.
+    sums = torch.float32 if query.dtype.itemsize == 2 else query.dtype
     return (
         empty_heads(query, value.shape[-1]),
-        query.new_empty(rows),
-        query.new_empty(saved_shape),
-        query.new_empty(saved_shape),
+        query.new_empty(rows, dtype=sums),
+        query.new_empty(saved_shape, dtype=sums if save else query.dtype),
+        query.new_empty(saved_shape, dtype=sums if save else query.dtype),
         query.new_empty(weights_shape),
     )
 
@@ -298,7 +312,7 @@ class _Attention(torch.autograd.Function):
         options: Options,
         weights: int,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        output, lse, row_maximum, row_scale, probabilities = _kernels().attention_forward(
+        output, lse, row_maximum, row_scale, probabilities = _kernels(query).attention_forward(
             query, key, value, terms, options, True, weights
         )
         ctx.save_for_backward(query, key, value, output, row_maximum, row_scale, *terms)
@@ -327,7 +341,7 @@ class _Attention(torch.autograd.Function):
                 needs,
             )
         else:
-            backward = _dispatched_backward if is_watched() else _kernels().attention_backward
+            backward = _dispatched_backward if is_watched() else _kernels(query).attention_backward
             grads = backward(
                 grad_output,
                 grad_lse,
@@ -394,9 +408,7 @@ def plain_attention(
         or _config._backend != "cpu"
     ):
         return None
-    result: Tensor | None = _kernels().plain_attention(
-        query, key, value, is_causal, enable_gqa, scale
-    )
+    result: Tensor | None = _cpu().plain_attention(query, key, value, is_causal, enable_gqa, scale)
     return result
 
 
@@ -422,7 +434,7 @@ def attention(
             return _Attention.apply(
                 query, key, value, terms.bias, terms.sinks, terms, options, weights
             )
-        output, lse, _, _, probabilities = _kernels().attention_forward(
+        output, lse, _, _, probabilities = _kernels(query).attention_forward(
             query, key, value, terms, options, False, weights
         )
         return output, lse, probabilities

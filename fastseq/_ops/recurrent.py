@@ -51,6 +51,7 @@ library.define(
 _WITH_KERNELS = frozenset({"cpu", "numba"})
 _backend: Any = None
 _numba_backend: Any = None
+_cuda_backend: Any = None
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -77,15 +78,28 @@ def _numba() -> Any:
     return _numba_backend
 
 
-def _chosen() -> tuple[Any, int]:
-    """The backend that the user chose, and the layout of what it keeps for backward."""
+def _cuda() -> Any:
+    global _cuda_backend
+    if _cuda_backend is None:
+        from fastseq.backends import cuda
+
+        _cuda_backend = cuda
+    return _cuda_backend
+
+
+def _chosen(input: Tensor) -> tuple[Any, int]:
+    """The backend for the tensor's device (on the CPU the user's choice) and its reserve's layout."""
+    if not input.is_cpu:
+        return _cuda(), RESERVE_LAYOUT
     if _config.backend_name() == "numba":
         return _numba(), NUMBA_RESERVE_LAYOUT
     return _cpu(), RESERVE_LAYOUT
 
 
-def _of_layout(reserve_layout: int) -> Any:
+def _of_layout(reserve_layout: int, input: Tensor) -> Any:
     """The backend that reads and writes this layout, whichever is chosen by now."""
+    if not input.is_cpu:
+        return _cuda()
     return _numba() if reserve_layout < 0 else _cpu()
 
 
@@ -98,6 +112,7 @@ def _lacks_kernels(proj_size: int) -> bool:
 # --- kernels
 
 
+@torch.library.impl(library, "rnn_forward", "CUDA")
 @torch.library.impl(library, "rnn_forward", "CPU")
 def _rnn_forward(
     input: Tensor,
@@ -115,12 +130,13 @@ def _rnn_forward(
     reserve_layout: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = (cell, has_biases, proj_size, bidirectional, batch_first)
-    output, hy, cy, reserve = _of_layout(reserve_layout).rnn_forward(
+    output, hy, cy, reserve = _of_layout(reserve_layout, input).rnn_forward(
         input, hx, cx, weights, *options, batch_sizes, lengths, save
     )
     return output, hy, or_empty(cy, input), or_empty(reserve, input)
 
 
+@torch.library.impl(library, "rnn_backward", "CUDA")
 @torch.library.impl(library, "rnn_backward", "CPU")
 def _rnn_backward(
     grad_output: Tensor | None,
@@ -144,7 +160,7 @@ def _rnn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     options = (cell, has_biases, proj_size, bidirectional, batch_first)
     grads = (grad_output, grad_hy, grad_cy)
-    grad_input, grad_hx, grad_cx, grad_weights = _of_layout(reserve_layout).rnn_backward(
+    grad_input, grad_hx, grad_cx, grad_weights = _of_layout(reserve_layout, input).rnn_backward(
         *grads, input, hx, cx, weights, output, reserve, *options, batch_sizes, lengths, needs
     )
     return (
@@ -190,8 +206,10 @@ def _rnn_forward_fake(
     hy = input.new_empty((directions, batch, width))
     cy = input.new_empty((directions, batch, hidden) if cell == "lstm" else 0)
     elements = 0
-    if save:
-        elements = _of_layout(reserve_layout).rnn_reserve_elements(
+    if save and input.device.type == "cuda":
+        elements = _cuda().rnn_reserve_elements(cell, rows, hidden, directions, input.dtype)
+    elif save:
+        elements = _of_layout(reserve_layout, input).rnn_reserve_elements(
             cell, rows, hidden, proj_size, directions, input.dtype
         )
     return output, hy, cy, input.new_empty(elements)
@@ -341,7 +359,7 @@ class _RnnLayer(torch.autograd.Function):
         options: Options,
         *weights: Tensor,
     ) -> Outputs:
-        kernels, ctx.reserve_layout = _chosen()
+        kernels, ctx.reserve_layout = _chosen(input)
         output, hy, cy, reserve = kernels.rnn_forward(
             input, hx, cx, weights, *options, batch_sizes, lengths, True
         )
@@ -368,7 +386,7 @@ class _RnnLayer(torch.autograd.Function):
                     arguments, ctx.options, batch_sizes, lengths, needs, ctx.reserve_layout
                 )
             else:
-                kernels = _of_layout(ctx.reserve_layout)
+                kernels = _of_layout(ctx.reserve_layout, input)
                 grad_input, grad_hx, grad_cx, grad_weights = kernels.rnn_backward(
                     *arguments, *ctx.options, batch_sizes, lengths, needs
                 )
@@ -434,7 +452,7 @@ def rnn_layer(
             return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
         if needs_gradient((input, hx, cx, *weights)):
             return _RnnLayer.apply(input, hx, cx, batch_sizes, lengths, options, *weights)
-        kernels, _ = _chosen()
+        kernels, _ = _chosen(input)
         return kernels.rnn_forward(input, hx, cx, weights, *options, batch_sizes, lengths, False)[
             :3
         ]
@@ -442,7 +460,7 @@ def rnn_layer(
     if transformed or _lacks_kernels(proj_size):
         return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
     save = needs_gradient((input, hx, cx, *weights))
-    _, layout = _chosen()
+    _, layout = _chosen(input)
     output, hy, cy, _ = torch.ops.fastseq.rnn_forward(
         input, hx, cx, list(weights), batch_sizes, lengths, *options, save, layout
     )
@@ -474,7 +492,7 @@ def rnn_cell(
         and not wants_composite(_WITH_KERNELS)
         and not needs_gradient((input, hx, cx, *tensors))
     ):
-        return _chosen()[0].rnn_cell(input, hx, cx, tensors, cell, has_biases)
+        return _chosen(input)[0].rnn_cell(input, hx, cx, tensors, cell, has_biases)
     _, hy, cy = rnn_layer(
         input.unsqueeze(0),
         hx.unsqueeze(0),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastseq import _config
 from fastseq._cells import CELLS, GATES
+from fastseq.backends.layout import unit_stride as _unit_stride
 
 __all__ = [
     "plain_layer",
@@ -86,10 +87,6 @@ def _alive_rows(batch_sizes: Tensor | None, lengths: Tensor | None, steps: int) 
     order = torch.argsort(lengths, descending=True, stable=True)
     ended = torch.bincount(lengths, minlength=steps + 1).cumsum(0)  # sequences of length <= t
     return _Rows(lengths.numel() - ended[:steps], order, False)
-
-
-def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
 
 
 def _strides(tensor: Tensor, batch_first: bool, packed: bool) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from fastseq import _config
 from fastseq._attention import WEIGHTS_MEAN, WEIGHTS_NONE, Options, Terms, empty_heads
 from fastseq.backends import cpu as _cpu  # connects the kernels to torch's exchange table
 from fastseq.backends import reference_attention
+from fastseq.backends.layout import unit_stride as _unit_stride
 
 __all__ = [
     "attention_backward",
@@ -50,10 +51,6 @@ def dropout_keep(
     keep = torch.empty((batch, heads, queries, keys), dtype=torch.uint8)
     _kernels.dropout_mask((batch, heads, heads, queries, keys, 1, 1), probability, seed, keep)
     return keep.view(torch.bool)
-
-
-def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

@@ -375,7 +375,7 @@ def run_attention(
     query: Tensor, key: Tensor, value: Tensor, terms: Terms, options: Options, weights: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The kernels where they apply, torch operators elsewhere."""
-    reason = fallback_reason(query)
+    reason = fallback_reason(query, has_cuda_kernels=True)
     if reason is None and query.shape[-1] and value.shape[-1]:
         return _ops.attention(query, key, value, terms, options, weights)
     if reason is not None:

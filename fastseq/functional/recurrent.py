@@ -217,7 +217,9 @@ def run_layers(
         result = _ops.plain_layer(cell, input, hx, cx, weights, batch_first)
         if result is not None:
             return result
-    reason = fallback_reason(input)
+    reason = fallback_reason(input, has_cuda_kernels=True)
+    if proj_size and reason is None and not input.is_cpu:
+        reason = "proj_size has no CUDA kernels"
     unbatched = batch_sizes is None and input.dim() == 2
     if unbatched:
         input = input.unsqueeze(1)
@@ -402,7 +404,7 @@ def run_cell(
     if _checks.cell_fits(cell, input, hx, cx, w_ih, w_hh, b_ih, b_hh):
         assert hx is not None
         return _ops.rnn_cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh, cell)
-    reason = fallback_reason(input)
+    reason = fallback_reason(input, has_cuda_kernels=True)
     _checks.cell_dims(cell, input, hx, cx)
     unbatched = input.dim() == 1
     if unbatched:

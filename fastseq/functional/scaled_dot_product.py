@@ -110,7 +110,7 @@ def _sdpa_fallback_reason(
             return f"{type(tensor).__name__} overrides torch's functions"
     if not isinstance(dropout_p, (int, float)) or not isinstance(scale, (int, float, type(None))):
         return ""
-    return fallback_reason(query)
+    return fallback_reason(query, has_cuda_kernels=True)
 
 
 def _lift(
