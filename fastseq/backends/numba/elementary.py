@@ -19,7 +19,7 @@ from fastseq.backends.numba.tiles import OPTIONS, inner
 __all__ = ["exponential", "hyperbolic_tangent"]
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def _power_of_two(typingctx: Any, shifted: Any) -> Any:
     """2^n from ``n + 1.5 * 2^digits``, whose last bits are the integer n."""
     digits, bias = (23, 127) if shifted == types.float32 else (52, 1023)
@@ -93,7 +93,7 @@ def exponential(x: Any) -> Any:
     raise NotImplementedError("for compiled functions")
 
 
-@overload(exponential, jit_options=OPTIONS)
+@overload(exponential, jit_options=OPTIONS)  # type: ignore[untyped-decorator]
 def _exponential(x: Any) -> Any:
     if x == types.float32:
 
@@ -115,7 +115,7 @@ def hyperbolic_tangent(x: Any) -> Any:
     raise NotImplementedError("for compiled functions")
 
 
-@overload(hyperbolic_tangent, jit_options=OPTIONS)
+@overload(hyperbolic_tangent, jit_options=OPTIONS)  # type: ignore[untyped-decorator]
 def _hyperbolic_tangent(x: Any) -> Any:
     if x == types.float32:
 

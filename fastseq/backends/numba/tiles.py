@@ -59,7 +59,7 @@ def address_of(array: Any) -> int:
     return np.int64(array.ctypes.data)
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def pointer(typingctx: Any, address: Any, like: Any) -> Any:
     """The address as a pointer to values of ``like``'s type; an index may be negative."""
     sig = types.CPointer(like.dtype)(address, like)
@@ -70,7 +70,7 @@ def pointer(typingctx: Any, address: Any, like: Any) -> Any:
     return sig, codegen
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def take(typingctx: Any, counter: Any) -> Any:
     """The number at an address, which goes up by one: no two threads get the same."""
 
@@ -82,7 +82,7 @@ def take(typingctx: Any, counter: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def wide_vectors(typingctx: Any) -> Any:
     """Called in a function: have its loops use the widest vectors, of which LLVM is shy on x86."""
 
@@ -95,7 +95,7 @@ def wide_vectors(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def outlined(typingctx: Any) -> Any:
     """Called in a function: LLVM keeps it one function, which is compiled once and not per call."""
 
@@ -106,7 +106,7 @@ def outlined(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def compact(typingctx: Any) -> Any:
     """Called in a function that takes little of the time: LLVM keeps it one small function."""
 
@@ -118,7 +118,7 @@ def compact(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def _tile(
     typingctx: Any,
     like: Any,
