@@ -88,7 +88,7 @@ def _cuda() -> Any:
 
 
 def _chosen(input: Tensor) -> tuple[Any, int]:
-    """The backend for the tensor's device (on the CPU the user's choice) and its reserve's layout."""
+    """The backend for the tensor's device, on the CPU the user's, and its reserve's layout."""
     if not input.is_cpu:
         return _cuda(), RESERVE_LAYOUT
     if _config.backend_name() == "numba":
