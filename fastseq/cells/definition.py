@@ -213,8 +213,10 @@ def _trace(cell: Cell) -> tuple[Expression, ...]:
         if isinstance(value, (int, float)):
             value = constant(value)
         if not isinstance(value, Expression) or value.operation in ("less", "less_equal"):
+            # Not its formula, which written out may be longer than any screen.
+            got = "a comparison" if isinstance(value, Expression) else repr(value)
             raise CellTraceError(
-                f"cell {cell.name!r} must return numbers, got {value!r} as state {index}"
+                f"cell {cell.name!r} must return numbers, got {got} as state {index}"
                 f"{_definition(cell)}\nChoose with where(condition, a, b) what a comparison means."
             )
         outputs.append(value)
