@@ -23,6 +23,7 @@ import torch
 
 import fastseq.functional  # noqa: F401  loads the ops
 from fastseq import _cuda_library, backends
+from fastseq._cells import RESERVE_LAYOUT
 from fastseq.backends import cuda, cuda_attention
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +102,8 @@ def kernels() -> Iterator[_cuda_library.Library]:
     recurrent, attention = sys.modules[f"{ops}.recurrent"], sys.modules[f"{ops}.attention"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cuda_library, "_found", (library, None))
-        patch.setattr(recurrent, "_kernels", lambda _: cuda)
+        patch.setattr(recurrent, "_chosen", lambda _: (cuda, RESERVE_LAYOUT))
+        patch.setattr(recurrent, "_of_layout", lambda *_: cuda)
         patch.setattr(attention, "_kernels", lambda _: cuda_attention)
         for name in ("plain_layer", "plain_attention"):  # the CPU kernels' own short cuts
             patch.setattr(sys.modules[ops], name, lambda *_: None)
