@@ -134,7 +134,9 @@ def test_which_weights_are_dropped(p: float, monkeypatch: pytest.MonkeyPatch) ->
     q, k = torch.zeros(2, 3, 33, 4), torch.zeros(2, 3, 141, 4)
     for seed in ([1, 2], [-(2**63), -1], [2**62 + 17, 2**33 + 5]):
         drawn = torch.tensor(seed)
-        monkeypatch.setattr("fastseq.functional.attention.draw_seed", lambda _, drawn=drawn: drawn)
+        # The package has a function of the module's name.
+        module = sys.modules["fastseq.functional.attention"]
+        monkeypatch.setattr(module, "draw_seed", lambda _, drawn=drawn: drawn)
         keep = reference_attention.dropout_keep(drawn, p, *sizes)
         _, weights = functional.attention(q, k, k, dropout_p=p, return_weights=True)
         assert torch.equal(weights != 0, keep)

@@ -1,6 +1,6 @@
 """A pure-Python installation: what is chosen, what it says, and that everything still answers.
 
-A finder that refuses ``fastseq._cpu`` stands for it here; ``make test-pure`` runs the whole suite
+Finders that do not see ``fastseq._cpu`` stand for it here; ``make test-pure`` runs the whole suite
 in a real one.
 """
 
@@ -16,12 +16,14 @@ pytest.importorskip("numba", reason="Numba is not installed: pip install 'fastse
 REFUSE = """
 import sys
 
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name in {refused}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Refusing:
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Refuse())
+    def find_spec(self, name, path=None, target=None):
+        return None if name in {refused} else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Refusing(finder) for finder in sys.meta_path]
 """
 LAYERS = """
 import torch, fastseq, fastseq.nn as nn

@@ -245,7 +245,8 @@ def _score_gradients(
     if problem.drops:
         for k in range(count):
             for lane in range(PANEL):
-                weight = exponential((weights[k, lane] - maximum[lane]) * factor) * scale[lane]
+                power = exponential((weights[k, lane] - maximum[lane]) * factor)
+                weight = zero if power == zero else power * scale[lane]
                 by = zero if keep[keep_row + k, lane] == 0 else kept_scale
                 from_value = zero if by == zero else grad_scores[k, lane] * by
                 gradient = weight * (from_value - delta[lane])
@@ -254,7 +255,9 @@ def _score_gradients(
         return
     for k in range(count):
         for lane in range(PANEL):
-            weight = exponential((weights[k, lane] - maximum[lane]) * factor) * scale[lane]
+            # Zero for hidden pairs also where the row's sum is NaN.
+            power = exponential((weights[k, lane] - maximum[lane]) * factor)
+            weight = zero if power == zero else power * scale[lane]
             gradient = weight * (grad_scores[k, lane] - delta[lane])
             weights[k, lane] = weight
             # A hidden value may be NaN; its weight is zero, and so is its gradient.

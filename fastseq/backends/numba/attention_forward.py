@@ -138,7 +138,8 @@ def _write_statistics(
         pointer(rows.address, numbers)[place] = lse
     rows = rows_at(integers, ROW_MAXIMUM)
     if rows.address:
-        pointer(rows.address, numbers)[place] = 0 if total == 0 else top
+        # A row of NaN has none either.
+        pointer(rows.address, numbers)[place] = 0 if top == -np.inf else top
         inverse = 0 if total == 0 else 1 / total
         pointer(integers[ROW_SCALE], numbers)[place] = inverse
 
