@@ -160,3 +160,9 @@ def test_recurrent_layer_is_exact_with_one_thread_and_two(
         limit = 1.5 * (plain.double() - truth).abs().max() + 4 * 2**-24 * truth.abs().max()
         assert (two.double() - truth).abs().max() <= limit
     assert not torch.equal(results["two"][0], results["plain"][0])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_fma_peak_is_the_units(threads: int) -> None:
+    with fastseq.isa("amx"):
+        assert _config.fma_peak_gflops("float32", threads) > 1
