@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -197,6 +200,22 @@ def test_threads_without_an_openmp_library(monkeypatch: pytest.MonkeyPatch) -> N
     expected_output = layer(x)[0]
     monkeypatch.setattr(threads, "thread_number_address", lambda: 0)
     assert torch.equal(layer(x)[0], expected_output)
+
+
+def test_no_part_is_left_where_openmp_gives_fewer_threads() -> None:
+    script = (
+        "import torch, fastseq, fastseq.nn as nn; torch.set_num_threads(2); torch.manual_seed(0); "
+        "layer, x = nn.GRU(64, 64), torch.randn(4, 16, 64); expected = layer(x)[0]\n"
+        "with fastseq.backend('numba'): torch.testing.assert_close(layer(x)[0], expected)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "OMP_THREAD_LIMIT": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_openmp_library_is_torchs() -> None:

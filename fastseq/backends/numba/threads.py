@@ -62,14 +62,24 @@ def _gomp_parallel() -> Any:
     return function
 
 
+def _granted(threads: int) -> int:
+    """How many of so many threads OpenMP is sure to give: a part without a thread would be left."""
+    library = openmp_library()
+    if library is None:
+        return threads
+    if library.omp_in_parallel() or library.omp_get_dynamic():
+        return 1
+    return max(1, min(threads, int(library.omp_get_thread_limit())))
+
+
 def run(compiled: Any, arguments: ctypes.Array[ctypes.c_int64], threads: int) -> None:
     """Call ``compiled(arguments)`` once per thread, the first ``threads`` numbers of a team.
 
     ``compiled`` is a Numba ``cfunc`` of one pointer. It reads from ``arguments[0]`` how to find out
     which part is its own: the address of ``omp_get_thread_num``, or 0; then ``arguments[1]`` is the
-    number itself. ``arguments[2]`` is the number of parts.
+    number itself. ``arguments[2]`` is the number of parts, ``threads`` or as many as there can be.
     """
-    arguments[2] = threads
+    threads = arguments[2] = _granted(threads)
     if threads == 1:
         arguments[0] = arguments[1] = 0
         compiled.ctypes(arguments)
