@@ -8,7 +8,8 @@ Environment, read when the kernels are first needed:
     this installation has the compiled extension, else ``numba`` where Numba is installed, else
     ``reference``.
 ``FASTSEQ_ISA``
-    a tier of :func:`capabilities` ``["isa_built"]``, e.g. ``avx2``. Default: the best usable one.
+    a tier of :func:`capabilities` ``["isa_built"]``, e.g. ``avx2``. Default: the last
+    usable one but ``amx``, which is to be asked for (docs/architecture.md, "The matrix unit").
 ``FASTSEQ_LINEAR``
     whose matrix product linear layers run on: ``fused`` (the kernels'), ``torch``, or ``auto``, the
     default: what ``python -m fastseq.info --tune`` has measured here, ``fused`` before.
@@ -70,7 +71,8 @@ def extension() -> ModuleType:
         except ImportError as error:
             _extension_error = str(error)
             raise ImportError(f"fastseq has no compiled kernels here: {error}") from error
-        _cpu.set_isa(os.environ.get("FASTSEQ_ISA") or _cpu.isa_usable()[-1])
+        default = [name for name in _cpu.isa_usable() if name != "amx"][-1]
+        _cpu.set_isa(os.environ.get("FASTSEQ_ISA") or default)
         _extension = _cpu
     return _extension
 

@@ -49,7 +49,9 @@ def test_forced_isa_runs(isa: str) -> None:
 def test_default_isa_is_the_best_usable() -> None:
     for environment in ({}, {"FASTSEQ_ISA": ""}):
         result = run_python(CHOSEN, **environment)
-        assert result.stdout.strip() == fastseq.capabilities()["isa_usable"][-1], result.stderr
+        # The matrix unit's tier is never chosen unasked: beside some neighbours it is slower.
+        tiers = [name for name in fastseq.capabilities()["isa_usable"] if name != "amx"]
+        assert result.stdout.strip() == tiers[-1], result.stderr
 
 
 @needs_extension
