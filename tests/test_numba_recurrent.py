@@ -38,6 +38,7 @@ CHOICES: dict[str, Any] = {
     "hidden_size": (1, 7, 63, 65),
 }
 SMALL = {"steps": 3, "batch": 2, "input_size": 3, "hidden_size": 4}
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "no_biases": {"has_biases": False, "states": False},
@@ -163,6 +164,40 @@ def test_projection_is_answered_by_the_composite(monkeypatch: pytest.MonkeyPatch
     assert len(calls) == 1
     with fastseq.backend("cpu"):
         torch.testing.assert_close(found, layer(x)[0], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_streaming_is_one_call(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer and cell: one compiled function, no driver; a weight changed in place is seen."""
+    torch.manual_seed(0)
+    exact = getattr(torch.nn, name)(5, 33, dtype=torch.float64, batch_first=True)
+    layer = getattr(fast_nn, name)(5, 33, dtype=dtype, batch_first=True)
+    cell = getattr(fast_nn, f"{name}Cell")(5, 33, dtype=dtype)
+    monkeypatch.setattr(recurrent, "forward", None)
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else EXACT
+    with torch.no_grad():
+        for batch in (1, 3):
+            state = exact_state = cell_state = None
+            for _ in range(3):
+                for weight in exact.parameters():
+                    weight.mul_(0.9)
+                layer.load_state_dict(exact.state_dict())
+                cell.load_state_dict(
+                    {k.removesuffix("_l0"): v for k, v in exact.state_dict().items()}
+                )
+                x = torch.randn(batch, 1, 5, dtype=torch.float64)
+                wanted, exact_state = exact(x, exact_state)
+                output, state = layer(x.to(dtype), state)
+                cell_state = cell(x[:, 0].to(dtype), cell_state)
+                hidden = cell_state[0] if name == "LSTM" else cell_state
+                for found in (output, hidden.unsqueeze(1)):
+                    torch.testing.assert_close(found.double(), wanted, **close)
+                torch.testing.assert_close(
+                    torch.stack(list(state)).double(), torch.stack(list(exact_state)), **close
+                )
 
 
 def test_cells_and_one_step() -> None:

@@ -421,10 +421,14 @@ def plain_layer(
         or _get_tracing_state()
         or _are_transforms_active()
         or forward_ad._current_level >= 0
-        or (_config._backend or _config.backend_name()) != "cpu"
         or has_lazy_negation(input, hx, cx)
     ):
         return None
+    backend = _config._backend or _config.backend_name()
+    if backend != "cpu":
+        if backend != "numba" or type(input) not in PLAIN_TYPES:
+            return None
+        return _numba().plain_layer(cell, input, hx, cx, weights, batch_first)
     return _cpu().plain_layer(cell, input, hx, cx, weights, batch_first)
 
 

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastseq.backends.numba import recurrent
+from fastseq._cells import GATES
+from fastseq.backends.numba import recurrent, step
 from fastseq.cells.builtin import BUILTIN
 
-__all__ = ["rnn_backward", "rnn_cell", "rnn_forward", "rnn_reserve_elements"]
+__all__ = ["plain_layer", "rnn_backward", "rnn_cell", "rnn_forward", "rnn_reserve_elements"]
+
+_DTYPES = (torch.float32, torch.float64)
 
 
 def rnn_reserve_elements(
@@ -65,6 +68,12 @@ def rnn_cell(
     has_biases: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """One step without gradients: ``input`` (B, I), states (B, H); returns ``(hy, cy)``."""
+    if step.is_small(input.size(0), weights) and _are_dense(input.dtype, input, hx, cx, *weights):
+        before = [hx] if cx is None else [hx, cx]
+        after = [torch.empty_like(state) for state in before]
+        # A cell's output is its state: both go to the same place.
+        step.run_alone(BUILTIN[cell].plan, input, before, weights, [after[0], *after])
+        return after[0], None if cx is None else after[1]
     _, hy, cy, _ = rnn_forward(
         input.unsqueeze(0),
         hx.unsqueeze(0),
@@ -80,6 +89,62 @@ def rnn_cell(
         False,
     )
     return hy.squeeze(0), None if cy is None else cy.squeeze(0)
+
+
+def _are_dense(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
+    for tensor in tensors:
+        if tensor is not None and not (
+            tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()
+        ):
+            return False
+    return True
+
+
+def plain_layer(
+    cell: str,
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """A single step of one direction with biases, checked and run in one go; else ``None``.
+
+    ``None`` as well where something does not fit: the general way words the error.
+    """
+    shape = input.shape
+    if (
+        len(shape) != 3
+        or shape[1 if batch_first else 0] != 1
+        or len(weights) != 4
+        or input.dtype not in _DTYPES
+    ):
+        return None
+    batch, features = shape[0 if batch_first else 1], shape[2]
+    w_ih, w_hh, b_ih, b_hh = weights
+    hidden = w_hh.size(-1)
+    rows = GATES[cell] * hidden
+    state = (1, batch, hidden)
+    if (
+        not batch
+        or not hidden
+        or w_ih.shape != (rows, features)
+        or w_hh.shape != (rows, hidden)
+        or b_ih.shape != (rows,)
+        or b_hh.shape != (rows,)
+        or (hx is not None and hx.shape != state)
+        or (cx is not None and (cell != "lstm" or cx.shape != state))
+        or not step.is_small(batch, weights)
+        or not _are_dense(input.dtype, input, hx, cx, *weights)
+    ):
+        return None
+    output, hy = input.new_empty((*shape[:2], hidden)), input.new_empty(state)
+    if cell == "lstm":
+        cy = input.new_empty(state)
+        step.run_alone(BUILTIN[cell].plan, input, (hx, cx), weights, (output, hy, cy))
+        return output, hy, cy
+    step.run_alone(BUILTIN[cell].plan, input, (hx,), weights, (output, hy))
+    return output, hy, None
 
 
 def rnn_backward(

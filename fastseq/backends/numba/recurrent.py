@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastseq.backends.numba import arguments as at
-from fastseq.backends.numba import drivers
+from fastseq.backends.numba import drivers, step
 from fastseq.backends.numba.call import Arguments, Call, describe
 from fastseq.backends.numba.large_products import (
     both_products,
@@ -151,12 +151,69 @@ def _forward(
     records = reserve[: row_count * size].view(directions, row_count, columns * units)
     output = input.new_empty((*input.shape[:-1], directions * hidden))
     carried = _initial_states(plan, states, masks, call, input)
+    if masks is not None:
+        masks = padded_masks(masks, units)
+    if call.steps == 1 and step.is_small(call.batch, weights):
+        _one_step(plan, call, weights, has_biases, carried, masks, records, output, save)
+    else:
+        _all_steps(plan, call, weights, has_biases, carried, masks, records, output, save)
+    kept = plan.states - (plan.recurrent_state > 0)
+    # Not views of one tensor: an op's results must not share memory.
+    final = [carried[:, :, index, :hidden].clone() for index in range(kept)]
+    return output, final, reserve if save else None
+
+
+def _one_step(
+    plan: Plan,
+    call: Call,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    carried: Tensor,
+    masks: Tensor | None,
+    records: Tensor,
+    output: Tensor,
+    save: bool,
+) -> None:
+    """A single step of a few sequences; ``carried``, ``records`` and ``output`` are written."""
+    for direction in range(call.directions):
+        w = direction_weights(
+            plan, [tensor.contiguous() for tensor in weights], has_biases, direction
+        )
+        first = direction * call.hidden
+        step.run(
+            plan,
+            call.rows,
+            w,
+            call.hidden,
+            call.units,
+            records[direction],
+            carried[direction],
+            as_columns(w.parameters, call.units, carried) if w.parameters else None,
+            None if masks is None else masks[direction, 0],
+            output.view(call.batch, -1)[:, first : first + call.hidden],
+            save,
+        )
+
+
+def _all_steps(
+    plan: Plan,
+    call: Call,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    carried: Tensor,
+    masks: Tensor | None,
+    records: Tensor,
+    output: Tensor,
+    save: bool,
+) -> None:
+    """The driver over time; ``carried``, ``records`` and ``output`` are written."""
+    units, hidden, input = call.units, call.hidden, call.rows
     arguments = Arguments(plan, call)
-    arguments.values[at.COLUMNS] = columns
+    arguments.values[at.COLUMNS] = records.size(-1) // units
     arguments.address(at.OUTPUT, output)
     if masks is not None:
-        arguments.masks(padded_masks(masks, units))
-    for direction in range(directions):
+        arguments.masks(masks)
+    for direction in range(call.directions):
         w = direction_weights(plan, weights, has_biases, direction)
         if call.steps > 1:
             input_product(plan, call, w, records[direction])
@@ -179,10 +236,6 @@ def _forward(
         arguments.of_direction(direction, at.WEIGHTS, packed)
     arguments.values[at.SAVE] = int(save)
     arguments.run(drivers.forward_kernel(plan, input.element_size()))
-    kept = plan.states - (plan.recurrent_state > 0)
-    # Not views of one tensor: an op's results must not share memory.
-    final = [carried[:, :, index, :hidden].clone() for index in range(kept)]
-    return output, final, reserve if save else None
 
 
 def _initial_states(
