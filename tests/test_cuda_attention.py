@@ -14,6 +14,7 @@ import pytest
 import torch
 from attention_oracle import Case
 from emulated_cuda import device, half_bound, kernels
+from kernels import KERNELS
 
 import fastseq
 from fastseq import functional
@@ -62,7 +63,7 @@ def test_attention(case: Case) -> None:
     for dtype in ("float32", "float64"):
         typed = dataclasses.replace(case, dtype=dtype)
         truth, bounds = oracle.expected(typed)
-        oracle.compare(oracle.run(typed, "cpu", getattr(torch, dtype)), truth, bounds, dtype)
+        oracle.compare(oracle.run(typed, KERNELS, getattr(torch, dtype)), truth, bounds, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -75,7 +76,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
         ours, theirs, truth = (
             outputs_and_gradients(case, rounded, others, backend, dtype_of_run)
             for backend, dtype_of_run in (
-                ("cpu", dtype),
+                (KERNELS, dtype),
                 ("reference", dtype),
                 ("reference", torch.float64),
             )
@@ -106,9 +107,9 @@ def test_bits_do_not_depend_on_order() -> None:
     """Threads run from the last to the first: a missing barrier would show."""
     for change in ({"dropout": 0.2, "bias": "qk"}, {"layout": "varlen", "sinks": True, "group": 2}):
         case = dataclasses.replace(PLAIN, queries=35, keys=66, **change)
-        first = oracle.run(case, "cpu", torch.float32)
+        first = oracle.run(case, KERNELS, torch.float32)
         with device(descending=True):
-            second = oracle.run(case, "cpu", torch.float32)
+            second = oracle.run(case, KERNELS, torch.float32)
         for name, value in first.items():
             assert torch.equal(value, second[name]), name
 
@@ -122,7 +123,7 @@ def test_hidden_keys_may_hold_anything(bad: float) -> None:
     k[:, :, 3], v[:, :, 3], v[:, :, 35] = bad, bad, bad
     leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
     results = []
-    for backend in ("cpu", "reference"):
+    for backend in (KERNELS, "reference"):
         with fastseq.backend(backend):
             output, lse = functional.attention(*leaves, mask=mask, return_lse=True)
         seen = torch.where(lse == -torch.inf, 0.0, lse)
@@ -147,7 +148,7 @@ def test_attention_paged() -> None:
     query = torch.randn(2, 4, 3, 6, dtype=torch.float64)
     table, lengths = torch.tensor([[5, 0, 2, 99], [1, 6, 3, 4]]), [9, 16]
     results = []
-    for backend in ("cpu", "reference"):
+    for backend in (KERNELS, "reference"):
         with fastseq.backend(backend):
             arguments = (query, *cache, table, lengths)
             results.append(functional.attention_paged(*arguments, return_lse=True))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from emulated_cuda import ROOT, library_path
+from kernels import needs_extension
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastseq
@@ -106,6 +107,7 @@ def test_no_device(switched_on: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _cuda_library.off_reason() == "the driver shows no device"
 
 
+@needs_extension
 def test_library_is_looked_for_beside_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     beside = Path(_config.extension().__file__).with_name(_cuda_library.FILE_NAME)
     assert _cuda_library._path() == (beside if beside.exists() else None)

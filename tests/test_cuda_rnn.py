@@ -14,6 +14,7 @@ import oracle
 import pytest
 import torch
 from emulated_cuda import device, half_bound, kernels
+from kernels import KERNELS
 from oracle import Case
 
 import fastseq
@@ -83,7 +84,7 @@ def test_half_precision(cell: str, dtype: torch.dtype) -> None:
         ours, theirs, truth = (
             outputs_and_gradients(case, rounded, lengths, backend, dtype_of_run)
             for backend, dtype_of_run in (
-                ("cpu", dtype),
+                (KERNELS, dtype),
                 ("reference", dtype),
                 ("reference", torch.float64),
             )
@@ -161,7 +162,7 @@ def test_sequences_without_steps(lengths: list[int]) -> None:
     h = [torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     options: dict[str, Any] = {"batch_first": True, "bidirectional": True, "lengths": lengths}
     results = []
-    for backend in ("cpu", "reference"):
+    for backend in (KERNELS, "reference"):
         with fastseq.backend(backend):
             output, (h_n, c_n) = functional.lstm(x, (h[0], h[1]), weights, **options)
         loss = output.sin().sum() + h_n.sin().sum() + c_n.cos().sum()
@@ -196,7 +197,7 @@ def test_rnn_cell(cell: str) -> None:
     name = "rnn" if cell.startswith("rnn") else cell
     extra = {"nonlinearity": cell.removeprefix("rnn_")} if name == "rnn" else {}
     results = []
-    for backend in ("cpu", "reference"):
+    for backend in (KERNELS, "reference"):
         with fastseq.backend(backend), torch.no_grad():
             results.append(getattr(functional, f"{name}_cell")(x, state, *tensors, **extra))
     torch.testing.assert_close(*results)

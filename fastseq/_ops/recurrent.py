@@ -15,6 +15,7 @@ from fastseq._ops.shared import (
     PLAIN_TYPES,
     has_lazy_negation,
     is_watched,
+    lacks_kernels,
     library,
     needs_gradient,
     or_empty,
@@ -101,12 +102,6 @@ def _of_layout(reserve_layout: int, input: Tensor) -> Any:
     if not input.is_cpu:
         return _cuda()
     return _numba() if reserve_layout < 0 else _cpu()
-
-
-def _lacks_kernels(proj_size: int) -> bool:
-    """Whether the chosen backend's kernels do not go so far: Numba's know no projection."""
-    name = _config.backend_name()
-    return name not in _WITH_KERNELS or (proj_size > 0 and name == "numba")
 
 
 # --- kernels
@@ -452,7 +447,7 @@ def rnn_layer(
     options = (cell, has_biases, proj_size, bidirectional, batch_first)
     plain_type = type(input) in PLAIN_TYPES
     if plain_type and not is_watched() and not has_lazy_negation(input, hx, cx):
-        if wants_composite(_WITH_KERNELS) or _lacks_kernels(proj_size):
+        if wants_composite(_WITH_KERNELS):
             return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
         if needs_gradient((input, hx, cx, *weights)):
             return _RnnLayer.apply(input, hx, cx, batch_sizes, lengths, options, *weights)
@@ -461,7 +456,7 @@ def rnn_layer(
             :3
         ]
     transformed = not torch.compiler.is_compiling() and wants_composite(_WITH_KERNELS)
-    if transformed or _lacks_kernels(proj_size):
+    if transformed or lacks_kernels(_WITH_KERNELS):
         return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
     save = needs_gradient((input, hx, cx, *weights))
     _, layout = _chosen(input)

@@ -27,25 +27,30 @@ class CellWeights(NamedTuple):
     input_bias: Tensor | None
     hidden_bias: Tensor | None
     parameters: Sequence[Tensor]
+    projection: Tensor | None = None
 
 
 def weights_per_direction(plan: Plan, has_biases: bool) -> int:
-    """How many tensors a layer holds for one direction."""
+    """How many tensors a layer holds for one direction; one more where it has a projection."""
     matrices = bool(plan.input_gates) + bool(plan.hidden_gates)
     return matrices * (2 if has_biases else 1) + plan.parameters
 
 
 def direction_weights(
-    plan: Plan, weights: Sequence[Tensor], has_biases: bool, direction: int
-) -> CellWeights:
-    """The weights of one direction out of a layer's list."""
-    count = weights_per_direction(plan, has_biases)
-    rest = list(weights[direction * count : (direction + 1) * count])
-    w_ih = rest.pop(0) if plan.input_gates else None
-    w_hh = rest.pop(0) if plan.hidden_gates else None
-    b_ih = rest.pop(0) if plan.input_gates and has_biases else None
-    b_hh = rest.pop(0) if plan.hidden_gates and has_biases else None
-    return CellWeights(w_ih, w_hh, b_ih, b_hh, rest)
+    plan: Plan, weights: Sequence[Tensor], has_biases: bool, directions: int
+) -> list[CellWeights]:
+    """A layer's list of weights, taken apart for each direction."""
+    count = len(weights) // directions
+    found = []
+    for direction in range(directions):
+        rest = list(weights[direction * count : (direction + 1) * count])
+        w_ih = rest.pop(0) if plan.input_gates else None
+        w_hh = rest.pop(0) if plan.hidden_gates else None
+        b_ih = rest.pop(0) if plan.input_gates and has_biases else None
+        b_hh = rest.pop(0) if plan.hidden_gates and has_biases else None
+        w_hr = rest.pop() if count > weights_per_direction(plan, has_biases) else None
+        found.append(CellWeights(w_ih, w_hh, b_ih, b_hh, rest, w_hr))
+    return found
 
 
 def _blocks(product: Tensor | None, gates: Sequence[int]) -> dict[int, Tensor]:
@@ -75,10 +80,20 @@ def _step(
     if masks is not None:
         leaves.update((("m", index), mask) for index, mask in enumerate(masks.unbind(-2)))
     # A formula without a state or gate in it is a number or one row for all sequences.
-    return [
-        torch.as_tensor(value, dtype=states[0].dtype, device=states[0].device).expand_as(states[0])
+    like = states[-1].new_empty(states[0].size(0), _hidden_size(plan, w))
+    after = [
+        torch.as_tensor(value, dtype=like.dtype, device=like.device).expand_as(like)
         for value in evaluate(plan.new_states, leaves)
     ]
+    if w.projection is not None:
+        after[0] = linear(after[0], w.projection)
+    return after
+
+
+def _hidden_size(plan: Plan, w: CellWeights) -> int:
+    some = w.input if w.input is not None else w.hidden
+    assert some is not None
+    return some.size(0) // (len(plan.input_gates) or len(plan.hidden_gates))
 
 
 def cell_layer(
@@ -99,9 +114,11 @@ def cell_layer(
         plan: the cell.
         input: ``(T, B, I)``; ``(B, T, I)`` with ``batch_first``; ``(rows, I)`` with
             ``batch_sizes``.
-        states: initial states ``(D, B, H)``; an empty list is zeros.
+        states: initial states ``(D, B, H)``, with a projection the first one ``(D, B, P)``; an
+            empty list is zeros.
         weights: for each direction ``w_ih``, ``w_hh`` where the cell has such gates, then with
-            ``has_biases`` their biases, then the cell's learned values ``(H)``.
+            ``has_biases`` their biases, then the cell's learned values ``(H)``, then, if the
+            hidden state is projected, ``w_hr`` ``(P, H)``.
         masks: ``(D, T or 1, B or 1, masks, H)`` for a plan with masks.
         has_biases: whether ``weights`` holds biases.
         bidirectional: whether there is a second direction, D = 2, that runs from the end.
@@ -110,7 +127,7 @@ def cell_layer(
         lengths: int64 ``(B,)``, for padded input.
 
     Returns:
-        The output ``(..., D*H)`` and the final states ``(D, B, H)``.
+        The output ``(..., D*H)``, or ``D*P`` features, and the final states as ``states``.
     """
     directions = 2 if bidirectional else 1
     time_dim = 1 if batch_first else 0
@@ -127,11 +144,8 @@ def cell_layer(
     kept = plan.states - (plan.recurrent_state > 0)
 
     outputs, finals = [], []
-    for direction in range(directions):
-        w = direction_weights(plan, weights, has_biases, direction)
-        some = w.input if w.input is not None else w.hidden
-        assert some is not None
-        hidden = some.size(0) // (len(plan.input_gates) or len(plan.hidden_gates))
+    for direction, w in enumerate(direction_weights(plan, weights, has_biases, directions)):
+        hidden = _hidden_size(plan, w)
         rows: Sequence[Tensor | None] = [None] * len(counts)
         if w.input is not None:
             product = linear(input, w.input, w.input_bias)
@@ -139,6 +153,8 @@ def cell_layer(
         carried = [state[direction] for state in states]
         if not states:
             carried = [input.new_zeros(batch, hidden) for _ in range(kept)]
+            if w.projection is not None:
+                carried[0] = input.new_zeros(batch, w.projection.size(0))
         if plan.recurrent_state:
             assert masks is not None
             carried.append(carried[0] * masks[direction, 0, :, -1])

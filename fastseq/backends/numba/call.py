@@ -27,10 +27,26 @@ class Call(NamedTuple):
     hidden: int
     units: int
     directions: int
+    width: int  # of a hidden state: hidden, or the projection's size
     rows: Tensor  # the input, [rows, I]
     order: Rows
     output_order: Rows
     alive: Tensor | None
+
+    @property
+    def projected(self) -> bool:
+        """Whether the hidden state is projected: to fewer values than there are units."""
+        return self.width != self.hidden
+
+    @property
+    def width_units(self) -> int:
+        """What ``width`` is padded to."""
+        return padded_units(self.width, self.rows.element_size())
+
+    @property
+    def extra(self) -> int:
+        """Elements behind the columns of a record that is kept, and of a row of gradients."""
+        return self.width_units if self.projected else 0
 
 
 def _hidden_size(plan: Plan, weights: Sequence[Tensor]) -> int:
@@ -50,24 +66,27 @@ def describe(
     hidden = _hidden_size(plan, weights)
     units = padded_units(hidden, input.element_size())
     directions = 2 if bidirectional else 1
+    width = hidden
+    if plan.hidden_gates:
+        width = weights[1 if plan.input_gates else 0].size(1)
     if batch_sizes is not None:
         batch_sizes = batch_sizes.contiguous()
         steps = batch_sizes.size(0)
         batch = int(batch_sizes[0]) if steps else 0
         order = packed_rows(batch_sizes)
         rows = input if input.stride(1) == 1 else input.contiguous()
-        return Call(steps, batch, hidden, units, directions, rows, order, order, batch_sizes)
+        return Call(steps, batch, hidden, units, directions, width, rows, order, order, batch_sizes)
     first, second, _ = input.shape
     steps, batch = (second, first) if batch_first else (first, second)
     rows, order = as_rows(input, batch_first)
     output_order = rows_of_output(steps, batch, batch_first)
-    return Call(steps, batch, hidden, units, directions, rows, order, output_order, None)
+    return Call(steps, batch, hidden, units, directions, width, rows, order, output_order, None)
 
 
 class Arguments:
     """The array of addresses and sizes, with all tensors in it kept alive."""
 
-    def __init__(self, plan: Plan, call: Call) -> None:
+    def __init__(self, call: Call, record_size: int) -> None:
         self.values = (ctypes.c_int64 * at.SIZE)()
         self.kept: list[Tensor] = []
         values = self.values
@@ -75,9 +94,10 @@ class Arguments:
         values[at.HIDDEN], values[at.UNITS] = call.hidden, call.units
         values[at.DIRECTIONS] = call.directions
         values[at.STRIDE], values[at.OUTPUT_STRIDE] = call.order.stride, call.output_order.stride
-        values[at.OUTPUT_WIDTH] = call.directions * call.hidden
+        values[at.OUTPUT_WIDTH] = call.directions * call.width
+        values[at.WIDTH], values[at.WIDTH_UNITS] = call.width, call.width_units
         values[at.FEW] = int(call.batch <= FEW_ROWS)
-        values[at.COLUMNS] = plan.columns
+        values[at.RECORD_SIZE] = record_size
         values[at.PRODUCT] = product_kernel(call.rows.element_size()).address
         values[at.STEP], values[at.OUTPUT_STEP] = call.order.step, call.output_order.step
         if call.alive is not None:

@@ -18,7 +18,6 @@ from numba import types
 from fastseq.backends.numba.arguments import (
     ALIVE,
     BATCH,
-    COLUMNS,
     DIRECTION_FIRST,
     DIRECTION_SIZE,
     DIRECTIONS,
@@ -37,6 +36,9 @@ from fastseq.backends.numba.arguments import (
     OUTPUT_WIDTH,
     PARAMETERS,
     PRODUCT,
+    PROJECTED,
+    PROJECTION,
+    RECORD_SIZE,
     RECORDS,
     SAVE,
     STARTS,
@@ -47,6 +49,8 @@ from fastseq.backends.numba.arguments import (
     STRIDE,
     UNITS,
     WEIGHTS,
+    WIDTH,
+    WIDTH_UNITS,
 )
 from fastseq.backends.numba.compile import compiled, sources_digest
 from fastseq.backends.numba.intrinsics import (
@@ -79,18 +83,28 @@ def forward_kernel(plan: Plan, item_bytes: int) -> Any:
     hidden_first = plan.hidden_first
     hidden_only = plan.hidden_only
     slots = len(plan.slots)
+    # What a projection multiplies takes the place of the state before the step, which no formula
+    # of such a cell reads.
+    unprojected = plan.recurrent_entry if plan.hidden_gates else 0
+    columns = plan.columns
     panel_columns = 2 * lanes(item_bytes)
 
     def forward(a: Any) -> None:
         sources  # noqa: B018
         part, parts = part_number(a[0], a[1]), a[2]
         directions, units, hidden = a[DIRECTIONS], a[UNITS], a[HIDDEN]
+        width, width_units, record_size = a[WIDTH], a[WIDTH_UNITS], a[RECORD_SIZE]
         splits = (parts + directions - 1) // directions
-        record_size = a[COLUMNS] * units
         for task in range(part, directions * splits, parts):
             direction, first = task // splits, task % splits
             d = DIRECTION_FIRST + direction * DIRECTION_SIZE
             states_first = a[d + STATES] + first * states * units * item_bytes
+            # Where the product finds the hidden state.
+            recurrent = states_first + recurrent_state * units * item_bytes
+            recurrent_stride = splits * states * units
+            if a[d + PROJECTION]:
+                recurrent = a[d + PROJECTED] + first * width_units * item_bytes
+                recurrent_stride = splits * width_units
             panels = (slots - hidden_first) * units // panel_columns
             for index in range(a[STEPS]):
                 t = a[STEPS] - 1 - index if direction else index
@@ -107,16 +121,14 @@ def forward_kernel(plan: Plan, item_bytes: int) -> Any:
                         to = record + (i * record_stride + hidden_only * units) * item_bytes
                         copy(item_bytes, to, a[d + HIDDEN_BIAS], (slots - hidden_only) * units)
                 if a[d + WEIGHTS]:
-                    left = states_first + recurrent_state * units * item_bytes
                     to = record + hidden_first * units * item_bytes
-                    stride = splits * states * units
                     product(
                         a[PRODUCT],
-                        left,
-                        stride,
+                        recurrent,
+                        recurrent_stride,
                         rows,
                         a[d + WEIGHTS],
-                        hidden,
+                        width,
                         panels,
                         to,
                         record_stride,
@@ -128,7 +140,7 @@ def forward_kernel(plan: Plan, item_bytes: int) -> Any:
                 )
                 start = integer_at(a[OUTPUT_STARTS], t) if a[OUTPUT_STARTS] else t * a[OUTPUT_STEP]
                 out = start + first * a[OUTPUT_STRIDE]
-                output = a[OUTPUT] + (out * a[OUTPUT_WIDTH] + direction * hidden) * item_bytes
+                output = a[OUTPUT] + (out * a[OUTPUT_WIDTH] + direction * width) * item_bytes
                 for i in range(rows):
                     state = states_first + i * splits * states * units * item_bytes
                     slot = record + i * record_stride * item_bytes
@@ -138,8 +150,33 @@ def forward_kernel(plan: Plan, item_bytes: int) -> Any:
                         cell_forward(key, item_bytes, 1, units, slot, state, learned, factors)
                     else:
                         cell_forward(key, item_bytes, 0, units, slot, state, learned, factors)
+                    if a[d + PROJECTION]:
+                        now = recurrent + i * recurrent_stride * item_bytes
+                        if a[SAVE]:
+                            to = slot + columns * units * item_bytes
+                            copy(item_bytes, to, now, width)
+                            to = slot + unprojected * units * item_bytes
+                            copy(item_bytes, to, state, hidden)
+                        fill_zero(item_bytes, now, width_units)
+                if a[d + PROJECTION]:
+                    product(
+                        a[PRODUCT],
+                        states_first,
+                        splits * states * units,
+                        rows,
+                        a[d + PROJECTION],
+                        hidden,
+                        width_units // panel_columns,
+                        recurrent,
+                        recurrent_stride,
+                        a[FEW],
+                    )
+                for i in range(rows):
+                    source = states_first + i * splits * states * units * item_bytes
+                    if a[d + PROJECTION]:
+                        source = recurrent + i * recurrent_stride * item_bytes
                     to = output + i * splits * a[OUTPUT_STRIDE] * a[OUTPUT_WIDTH] * item_bytes
-                    copy(item_bytes, to, state, hidden)
+                    copy(item_bytes, to, source, width)
 
     return compiled(_SIGNATURE, forward)
 
@@ -162,12 +199,22 @@ def backward_kernel(plan: Plan, item_bytes: int) -> Any:
         part, parts = part_number(a[0], a[1]), a[2]
         directions, units, hidden = a[DIRECTIONS], a[UNITS], a[HIDDEN]
         splits = (parts + directions - 1) // directions
-        record_size, gradient_size = a[COLUMNS] * units, gradient_columns * units
+        width, width_units, record_size = a[WIDTH], a[WIDTH_UNITS], a[RECORD_SIZE]
         for task in range(part, directions * splits, parts):
             direction, first = task // splits, task % splits
             d = DIRECTION_FIRST + direction * DIRECTION_SIZE
             states_first = a[d + STATE_GRADIENTS] + first * states * units * item_bytes
-            panels = units // panel_columns
+            # Where the gradient of the hidden state gathers.
+            hidden_state, hidden_stride = states_first, splits * states * units
+            recurrent = states_first + recurrent_state * units * item_bytes
+            gradient_size, panels = gradient_columns * units, units // panel_columns
+            if a[d + PROJECTION]:
+                hidden_state = a[d + PROJECTED] + first * width_units * item_bytes
+                hidden_stride = splits * width_units
+                recurrent = hidden_state
+                gradient_size += width_units
+                panels = width_units // panel_columns
+            recurrent_stride = hidden_stride
             for index in range(a[STEPS]):
                 t = index if direction else a[STEPS] - 1 - index
                 alive = integer_at(a[ALIVE], t) if a[ALIVE] else a[BATCH]
@@ -186,12 +233,32 @@ def backward_kernel(plan: Plan, item_bytes: int) -> Any:
                 )
                 start = integer_at(a[OUTPUT_STARTS], t) if a[OUTPUT_STARTS] else t * a[OUTPUT_STEP]
                 out = start + first * a[OUTPUT_STRIDE]
-                output = a[GRAD_OUTPUT] + (out * a[OUTPUT_WIDTH] + direction * hidden) * item_bytes
+                output = a[GRAD_OUTPUT] + (out * a[OUTPUT_WIDTH] + direction * width) * item_bytes
+                if a[GRAD_OUTPUT]:
+                    for i in range(rows):
+                        arriving = i * splits * a[OUTPUT_STRIDE] * a[OUTPUT_WIDTH] * item_bytes
+                        to = hidden_state + i * hidden_stride * item_bytes
+                        add_to(item_bytes, to, output + arriving, width)
+                if a[d + PROJECTION]:
+                    product(
+                        a[PRODUCT],
+                        hidden_state,
+                        hidden_stride,
+                        rows,
+                        a[d + PROJECTION],
+                        width,
+                        units // panel_columns,
+                        states_first,
+                        splits * states * units,
+                        a[FEW],
+                    )
+                    for i in range(rows):
+                        source = hidden_state + i * hidden_stride * item_bytes
+                        to = gradient + i * gradient_stride * item_bytes
+                        copy(item_bytes, to + gradient_columns * units * item_bytes, source, width)
+                        fill_zero(item_bytes, source, width_units)
                 for i in range(rows):
                     state = states_first + i * splits * states * units * item_bytes
-                    if a[GRAD_OUTPUT]:
-                        arriving = i * splits * a[OUTPUT_STRIDE] * a[OUTPUT_WIDTH] * item_bytes
-                        add_to(item_bytes, state, output + arriving, hidden)
                     to = gradient + i * gradient_stride * item_bytes
                     cell_backward(
                         key,
@@ -209,13 +276,10 @@ def backward_kernel(plan: Plan, item_bytes: int) -> Any:
                             pad = to + (column * units + hidden) * item_bytes
                             fill_zero(item_bytes, pad, units - hidden)
                 if a[d + WEIGHTS]:
-                    to = states_first + recurrent_state * units * item_bytes
-                    stride = splits * states * units
+                    size = hidden * panels * panel_columns * item_bytes
                     for slot in range(hidden_first, slots):
                         left = gradient + slot * units * item_bytes
-                        weights = (
-                            a[d + WEIGHTS] + (slot - hidden_first) * hidden * units * item_bytes
-                        )
+                        weights = a[d + WEIGHTS] + (slot - hidden_first) * size
                         product(
                             a[PRODUCT],
                             left,
@@ -224,8 +288,8 @@ def backward_kernel(plan: Plan, item_bytes: int) -> Any:
                             weights,
                             hidden,
                             panels,
-                            to,
-                            stride,
+                            recurrent,
+                            recurrent_stride,
                             a[FEW],
                         )
 

@@ -1,6 +1,6 @@
 """The products that do not wait for the recurrence: one of all rows with one matrix each.
 
-torch does them, with all its threads, straight into and out of the drivers" memory.
+torch does them, with all its threads, straight into and out of the drivers' memory.
 """
 
 from __future__ import annotations
@@ -122,7 +122,10 @@ def weight_gradients(
         grad = None
         if next(wanted):
             column = plan.recurrent_entry * units
-            grad = torch.mm(from_hidden.t(), records[:, column : column + units])[:, :hidden]
+            if call.projected:
+                column = plan.columns * units
+            before = records[:, column : column + call.width_units]
+            grad = torch.mm(from_hidden.t(), before)[:, : call.width]
             grad = by_gate(grad.contiguous(), plan.hidden_gates, hidden, units)
         found.append(grad)
     sums = None
@@ -145,5 +148,13 @@ def weight_gradients(
             assert sums is not None
             column = (len(plan.slots) + index) * units
             grad = sums[column : column + hidden].clone()
+        found.append(grad)
+    if w.projection is not None:
+        grad = None
+        if next(wanted):
+            column = plan.gradient_columns * units
+            of_projected = gradients[:, column : column + call.width]
+            column = plan.recurrent_entry * units
+            grad = torch.mm(of_projected.t(), records[:, column : column + hidden])
         found.append(grad)
     return found

@@ -21,7 +21,9 @@ def rnn_reserve_elements(
 ) -> int:
     """Elements of what forward keeps for backward; sizes may be symbolic."""
     plan = BUILTIN[cell].plan
-    return recurrent.reserve_elements(plan, rows, hidden_size, directions, dtype.itemsize)
+    return recurrent.reserve_elements(
+        plan, rows, hidden_size, directions, dtype.itemsize, proj_size
+    )
 
 
 def rnn_forward(
@@ -38,7 +40,7 @@ def rnn_forward(
     lengths: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """One layer without a projection, see :func:`fastseq.backends.reference.rnn_layer`.
+    """One layer, see :func:`fastseq.backends.reference.rnn_layer`.
 
     Returns ``(output, hy, cy, reserve)``; ``reserve`` is ``None`` unless ``save``.
     """

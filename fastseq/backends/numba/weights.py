@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastseq.backends.numba.vectors import lanes
-from fastseq.cells.plan import Plan
 
 __all__ = [
     "as_columns",
@@ -54,23 +53,24 @@ def by_gate(gradient: Tensor, gates: Sequence[int], hidden: int, units: int) -> 
     return blocks.reshape(len(gates) * hidden, *gradient.shape[1:])
 
 
-def packed_weights(plan: Plan, w_hh: Tensor, units: int) -> Tensor:
-    """``(G*H, H)`` as panels ``[panel][term][column]`` for ``h @ W^T``."""
-    hidden = w_hh.size(1)
-    blocks = by_slot(w_hh.contiguous(), plan.hidden_gates, hidden, units)
-    columns = 2 * lanes(w_hh.element_size())
-    return blocks.view(-1, columns, hidden).transpose(1, 2).contiguous()
+def packed_weights(weight: Tensor, gates: Sequence[int], hidden: int, units: int) -> Tensor:
+    """``(G*hidden, terms)`` as panels ``[panel][term][column]`` for ``x @ W^T``."""
+    blocks = by_slot(weight.contiguous(), gates, hidden, units)
+    columns = 2 * lanes(weight.element_size())
+    return blocks.view(-1, columns, weight.size(1)).transpose(1, 2).contiguous()
 
 
-def packed_transpose(plan: Plan, w_hh: Tensor, units: int) -> Tensor:
-    """``(G*H, H)`` as ``[slot][panel][term][column]`` for the sum over slots of ``g @ W``."""
-    hidden = w_hh.size(1)
-    gates = len(plan.hidden_gates)
-    blocks = w_hh.view(gates, hidden, hidden)[_slot_order(plan.hidden_gates)]
-    if units != hidden:
-        blocks = torch.nn.functional.pad(blocks, (0, units - hidden))
-    columns = 2 * lanes(w_hh.element_size())
-    panels = blocks.view(gates, hidden, units // columns, columns)
+def packed_transpose(weight: Tensor, gates: Sequence[int], hidden: int, units: int) -> Tensor:
+    """``(G*hidden, K)`` as ``[slot][panel][term][column]`` for the sum over slots of ``g @ W``.
+
+    ``units`` is what K is padded to.
+    """
+    count, width = len(gates), weight.size(1)
+    blocks = weight.contiguous().view(count, hidden, width)[_slot_order(gates)]
+    if units != width:
+        blocks = torch.nn.functional.pad(blocks, (0, units - width))
+    columns = 2 * lanes(weight.element_size())
+    panels = blocks.view(count, hidden, units // columns, columns)
     return panels.transpose(1, 2).contiguous()
 
 
