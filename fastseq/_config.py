@@ -40,6 +40,7 @@ __all__ = [
     "capabilities",
     "extension",
     "fma_peak_gflops",
+    "has_extension",
     "isa",
     "linear_product",
     "linear_product_name",
@@ -75,6 +76,15 @@ def extension() -> ModuleType:
         _cpu.set_isa(os.environ.get("FASTSEQ_ISA") or default)
         _extension = _cpu
     return _extension
+
+
+def has_extension() -> bool:
+    """Whether the compiled kernels are there."""
+    try:
+        extension()
+    except ImportError:
+        return False
+    return True
 
 
 def backend_name() -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "AttentionSizes",
     "LinearSizes",
     "NormSizes",
+    "OwnCell",
     "RecurrentSizes",
     "Traffic",
 ]
@@ -46,11 +47,29 @@ class Traffic(NamedTuple):
         return Traffic(self.read * factor, self.written * factor)
 
 
+class OwnCell(NamedTuple):
+    """A user's cell in numbers.
+
+    Attributes:
+        input_gates: Row blocks of the input weights.
+        hidden_gates: Row blocks of the recurrent weights.
+        states: States per unit.
+        saved: Values per unit and row that forward keeps.
+        parameters: Learned values per unit.
+    """
+
+    input_gates: int
+    hidden_gates: int
+    states: int
+    saved: int
+    parameters: int
+
+
 class RecurrentSizes(NamedTuple):
     """One recurrent layer.
 
     Attributes:
-        cell: A name of ``fastseq._cells.CELLS``.
+        cell: A name of ``fastseq._cells.CELLS``, or any name with ``own``.
         rows: (step, sequence) pairs that exist: T*B when nothing is padded.
         batch: Sequences, B.
         input_size: I.
@@ -58,6 +77,7 @@ class RecurrentSizes(NamedTuple):
         projection_size: P, or 0 without a projection.
         directions: D, 1 or 2.
         bias: Whether there are bias vectors.
+        own: What ``CELLS`` says of other cells.
     """
 
     cell: str
@@ -68,6 +88,7 @@ class RecurrentSizes(NamedTuple):
     projection_size: int = 0
     directions: int = 1
     bias: bool = True
+    own: OwnCell | None = None
 
     @property
     def output_size(self) -> int:
@@ -76,22 +97,27 @@ class RecurrentSizes(NamedTuple):
 
     @property
     def gate_rows(self) -> int:
-        """Rows of a weight matrix, G*H."""
-        return CELLS[self.cell].gates * self.hidden_size
+        """Rows of the input weight matrix, G*H."""
+        gates = self.own.input_gates if self.own is not None else CELLS[self.cell].gates
+        return gates * self.hidden_size
 
     @property
     def recurrent_rows(self) -> int:
         """Rows of the recurrent weight matrix."""
-        return self.gate_rows
+        return self.gate_rows if self.own is None else self.own.hidden_gates * self.hidden_size
 
     @property
     def states(self) -> int:
         """States per unit."""
+        if self.own is not None:
+            return self.own.states
         return 2 if CELLS[self.cell].has_cell_state else 1
 
     @property
     def saved(self) -> int:
         """Values per unit and row that backward reads: gates, and states but the output."""
+        if self.own is not None:
+            return self.own.saved
         return CELLS[self.cell].gates + self.states - 1
 
     def input_product(self) -> int:
@@ -131,8 +157,9 @@ class RecurrentSizes(NamedTuple):
     def weights(self) -> int:
         """Weights and biases."""
         biases = self.gate_rows + self.recurrent_rows if self.bias else 0
+        learned = self.own.parameters * self.hidden_size if self.own is not None else 0
         return self.recurrent_weights() + self.directions * (
-            self.gate_rows * self.input_size + biases
+            self.gate_rows * self.input_size + biases + learned
         )
 
     def _saved(self) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from fastseq import _recorder
 from fastseq._ops.shared import (
     PLAIN_TYPES,
     has_lazy_negation,
@@ -18,6 +20,7 @@ from fastseq._ops.shared import (
     wants_composite,
 )
 from fastseq.backends.reference_cells import cell_layer as composite
+from fastseq.backends.reference_cells import sizes_of
 from fastseq.cells.definition import find
 from fastseq.cells.plan import Plan
 
@@ -62,6 +65,39 @@ def _plan(options: Options) -> Plan:
     return find(key).regularised(recurrent_dropout, zoneout)
 
 
+def _recorded(
+    kernel: str,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    options: Options,
+    rows: tuple[Tensor | None, Tensor | None],
+    more: dict[str, int],
+) -> AbstractContextManager[None]:
+    """The call as a profile keeps it, with what its model has to know of the cell."""
+    from fastseq.backends.numba.recording import recurrent_call
+
+    key, _, _, has_biases, bidirectional, batch_first = options
+    cell, plan = find(key), _plan(options)
+    return recurrent_call(
+        kernel,
+        cell.name,
+        input,
+        *sizes_of(plan, weights, has_biases, bidirectional),
+        has_biases,
+        bidirectional,
+        batch_first,
+        *rows,
+        {
+            "input_gates": len(plan.input_gates),
+            "hidden_gates": len(plan.hidden_gates),
+            "states": plan.states,
+            "saved": len(plan.entries),
+            "parameters": plan.parameters,
+            **more,
+        },
+    )
+
+
 def _run_forward(
     input: Tensor,
     states: Sequence[Tensor],
@@ -72,9 +108,12 @@ def _run_forward(
     options: Options,
     save: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    return _kernels().forward(
-        _plan(options), input, states, weights, masks, *options[3:], batch_sizes, lengths, save
-    )
+    arguments = (input, states, weights, masks, *options[3:], batch_sizes, lengths, save)
+    if _recorder.active is None:
+        return _kernels().forward(_plan(options), *arguments)
+    rows = (batch_sizes, lengths)
+    with _recorded("cell_forward", input, weights, options, rows, {"training": int(save)}):
+        return _kernels().forward(_plan(options), *arguments)
 
 
 def _run_backward(
@@ -90,20 +129,13 @@ def _run_backward(
     options: Options,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    return _kernels().backward(
-        _plan(options),
-        grad_output,
-        grad_final,
-        input,
-        states,
-        weights,
-        masks,
-        reserve,
-        *options[3:],
-        batch_sizes,
-        lengths,
-        needs,
-    )
+    arguments = (grad_output, grad_final, input, states, weights, masks, reserve, *options[3:])
+    rows = (batch_sizes, lengths)
+    if _recorder.active is None:
+        return _kernels().backward(_plan(options), *arguments, *rows, needs)
+    asked = {"needs_x": int(needs[0]), "needs_w": int(any(needs[1 + len(states) :]))}
+    with _recorded("cell_backward", input, weights, options, rows, asked):
+        return _kernels().backward(_plan(options), *arguments, *rows, needs)
 
 
 # --- kernels
@@ -194,7 +226,8 @@ def _cell_forward_fake(
     options = (cell, recurrent_dropout, zoneout, has_biases, bidirectional, batch_first)
     plan = _plan(options)
     directions = 2 if bidirectional else 1
-    hidden = weights[0].shape[0] // (len(plan.input_gates) or len(plan.hidden_gates))
+    hidden, proj_size = sizes_of(plan, weights, has_biases, bidirectional)
+    width = proj_size or hidden
     if batch_sizes is None:
         batch = input.shape[0 if batch_first else 1]
         rows = input.shape[0] * input.shape[1]
@@ -204,12 +237,14 @@ def _cell_forward_fake(
         # The widest step is a value of batch_sizes, unknown while a graph is recorded.
         batch = cast(int, torch.library.get_ctx().new_dynamic_size())
         rows = input.shape[0]
-    output = input.new_empty((*input.shape[:-1], directions * hidden))
-    kept = find(cell).states
-    final = [input.new_empty((directions, batch, hidden)) for _ in range(kept)]
+    output = input.new_empty((*input.shape[:-1], directions * width))
+    widths = [width, *[hidden] * (find(cell).states - 1)]
+    final = [input.new_empty((directions, batch, size)) for size in widths]
     elements = 0
     if save:
-        elements = _kernels().reserve_elements(plan, rows, hidden, directions, input.dtype.itemsize)
+        elements = _kernels().reserve_elements(
+            plan, rows, hidden, directions, input.dtype.itemsize, proj_size
+        )
     return output, final, input.new_empty(elements)
 
 

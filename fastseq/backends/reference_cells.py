@@ -16,7 +16,13 @@ from torch.nn.functional import linear
 from fastseq.cells.evaluate import evaluate
 from fastseq.cells.plan import Plan
 
-__all__ = ["CellWeights", "cell_layer", "direction_weights", "weights_per_direction"]
+__all__ = [
+    "CellWeights",
+    "cell_layer",
+    "direction_weights",
+    "sizes_of",
+    "weights_per_direction",
+]
 
 
 class CellWeights(NamedTuple):
@@ -51,6 +57,17 @@ def direction_weights(
         w_hr = rest.pop() if count > weights_per_direction(plan, has_biases) else None
         found.append(CellWeights(w_ih, w_hh, b_ih, b_hh, rest, w_hr))
     return found
+
+
+def sizes_of(
+    plan: Plan, weights: Sequence[Tensor], has_biases: bool, bidirectional: bool
+) -> tuple[int, int]:
+    """H, and P of a projection, or 0 where there is none."""
+    hidden = weights[0].shape[0] // (len(plan.input_gates) or len(plan.hidden_gates))
+    per_direction = len(weights) // (2 if bidirectional else 1)
+    if per_direction > weights_per_direction(plan, has_biases):
+        return hidden, weights[per_direction - 1].shape[0]
+    return hidden, 0
 
 
 def _blocks(product: Tensor | None, gates: Sequence[int]) -> dict[int, Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastseq._work import RecurrentSizes
+from fastseq._work import OwnCell, RecurrentSizes
 from fastseq.bench.rnn_cases import DIRECTIONS, Case, CaseOptions, Direction
 from fastseq.cells.shipped import SHIPPED
 
@@ -17,33 +17,10 @@ CELL_LAYERS = tuple(SHIPPED)
 _SHAPE = {"T": 100, "B": 32, "H": 256}
 
 
-class _CellSizes(RecurrentSizes):
-    """The sizes of a layer whose cell is a Python function."""
-
-    @property
-    def gate_rows(self) -> int:
-        """Rows of the input weights."""
-        return len(SHIPPED[self.cell].plan.input_gates) * self.hidden_size
-
-    @property
-    def recurrent_rows(self) -> int:
-        """Rows of the recurrent weights; 0 where there are none."""
-        return len(SHIPPED[self.cell].plan.hidden_gates) * self.hidden_size
-
-    @property
-    def states(self) -> int:
-        """States per unit."""
-        return SHIPPED[self.cell].states
-
-    @property
-    def saved(self) -> int:
-        """Values per unit and row that forward keeps."""
-        return len(SHIPPED[self.cell].plan.entries)
-
-    def weights(self) -> int:
-        """Weights, biases and the cell's learned values."""
-        learned = len(SHIPPED[self.cell].parameters) * self.hidden_size
-        return super().weights() + self.directions * learned
+def _numbers(cell: str) -> OwnCell:
+    plan, known = SHIPPED[cell].plan, SHIPPED[cell]
+    gates = len(plan.input_gates), len(plan.hidden_gates)
+    return OwnCell(*gates, known.states, len(plan.entries), len(known.parameters))
 
 
 @dataclass(frozen=True)
@@ -56,7 +33,8 @@ class CellCase(Case):
         return False
 
     def _layers(self) -> list[RecurrentSizes]:
-        return [_CellSizes(self.layer, self.rows(), self.B, self.I, self.H)]
+        sizes = RecurrentSizes(self.layer, self.rows(), self.B, self.I, self.H)
+        return [sizes._replace(own=_numbers(self.layer))]
 
 
 def make_cell_case(cell: str, direction: Direction, *, T: int, B: int, H: int) -> CellCase:

@@ -14,6 +14,7 @@ from fastseq._work import (
     AttentionSizes,
     LinearSizes,
     NormSizes,
+    OwnCell,
     RecurrentSizes,
     Traffic,
 )
@@ -68,6 +69,9 @@ _Parts = tuple[int, Traffic, dict[str, int], tuple[int, int] | None]
 
 def _recurrent_sizes(call: Call) -> RecurrentSizes:
     shape = call.shape
+    own = None
+    if call.kernel.startswith("cell_"):
+        own = OwnCell(*(shape[name] for name in OwnCell._fields))
     return RecurrentSizes(
         call.variant,
         shape["rows"],
@@ -77,6 +81,7 @@ def _recurrent_sizes(call: Call) -> RecurrentSizes:
         shape.get("P", 0),
         shape.get("D", 1),
         bool(shape.get("bias", 1)),
+        own,
     )
 
 
@@ -87,6 +92,10 @@ def _rnn_forward(call: Call) -> _Parts:
         "recurrent product": sizes.recurrent_product(),
         "recurrent product and gates": sizes.recurrent_product(),  # the one or the other
         "projection": sizes.projection(),
+        # As Numba's kernels are seen, from outside of their loop over time.
+        "recurrence": sizes.recurrent_product() + sizes.projection(),
+        "products": sizes.input_product() + sizes.recurrent_product(),
+        "single step": sizes.forward_flops(),
     }
     traffic = sizes.forward_traffic(bool(call.shape.get("training", 0)))
     return sizes.forward_flops(), traffic, phases, (sizes.recurrent_weights(), call.shape["T"])
@@ -98,6 +107,7 @@ def _rnn_backward(call: Call) -> _Parts:
     phases = {
         "recurrent product": sizes.recurrent_product(),
         "projection": sizes.projection(),
+        "recurrence": sizes.recurrent_product() + sizes.projection(),
         "input gradient": sizes.input_product() if needs_x else 0,
         "weight gradient": sizes.weight_gradient() if needs_w else 0,
     }
@@ -124,7 +134,11 @@ def _attention_sizes(call: Call) -> AttentionSizes:
 
 def _attention_forward(call: Call) -> _Parts:
     sizes = _attention_sizes(call)
-    phases = {"scores": sizes.scores(), "values": sizes.values()}
+    phases = {
+        "scores": sizes.scores(),
+        "values": sizes.values(),
+        "fused forward": sizes.forward_flops(),
+    }
     return sizes.forward_flops(), sizes.forward_traffic(), phases, None
 
 
@@ -138,6 +152,7 @@ def _attention_backward(call: Call) -> _Parts:
         "query gradient": sizes.scores() * needs[0],
         "key gradient": sizes.scores() * needs[1],
         "value gradient": sizes.values() * needs[2],
+        "fused backward": sizes.backward_flops(*needs),
     }
     return sizes.backward_flops(*needs), sizes.backward_traffic(bias, *needs), phases, None
 
@@ -185,6 +200,8 @@ def _norm_backward(call: Call) -> _Parts:
 _MODELS: dict[str, Callable[[Call], _Parts]] = {
     "rnn_forward": _rnn_forward,
     "rnn_backward": _rnn_backward,
+    "cell_forward": _rnn_forward,
+    "cell_backward": _rnn_backward,
     "attention_forward": _attention_forward,
     "attention_decode": _attention_forward,
     "attention_backward": _attention_backward,

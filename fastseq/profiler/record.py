@@ -62,7 +62,8 @@ class Call:
         begin_s: When it was called, in seconds since the profile began.
         end_s: When it returned.
         shape: Sizes by name, and flags as 0 or 1.
-        threads: Those that took part, the caller first.
+        threads: Those that were watched, the caller first.
+        team: How many took part; Numba's kernels are watched from the calling thread alone.
     """
 
     kernel: str
@@ -74,6 +75,7 @@ class Call:
     end_s: float
     shape: Mapping[str, int]
     threads: tuple[ThreadTimes, ...]
+    team: int
 
     @property
     def seconds(self) -> float:
@@ -110,10 +112,11 @@ class Call:
 
 
 class Recording:
-    """What ``fastseq._cpu.profile_stop()`` returned, in seconds and with names.
+    """What a recorder handed over, in seconds and with names.
 
     Args:
-        raw: The dict; it is kept as it is, because :meth:`Profile.to_json` writes it.
+        raw: The dict of ``fastseq._cpu.profile_stop()`` or ``fastseq._recorder``; it is kept as it
+            is, because :meth:`Profile.to_json` writes it.
         check: Look at every slice; for what comes from a file.
 
     Raises:
@@ -144,6 +147,7 @@ class Recording:
         return (ticks - self._begin) / self._ticks_per_second
 
     def _call(self, raw: Mapping[str, Any]) -> Call:
+        threads = tuple(self._thread(thread) for thread in raw["threads"])
         return Call(
             kernel=str(raw["kernel"]),
             variant=str(raw["variant"]),
@@ -153,7 +157,8 @@ class Recording:
             begin_s=self.since(raw["begin"]),
             end_s=self.since(raw["end"]),
             shape={str(name): int(size) for name, size in raw["shape"].items()},
-            threads=tuple(self._thread(thread) for thread in raw["threads"]),
+            threads=threads,
+            team=int(raw.get("team", max(1, len(threads)))),
         )
 
     def _thread(self, raw: Mapping[str, Any]) -> ThreadTimes:

@@ -98,7 +98,14 @@ class Roofs:
     bandwidths: tuple[Bandwidth, ...]
 
     def gflops(self, isa: str, dtype: str, threads: int) -> float | None:
-        """The multiply-add peak; between two measured thread counts on the line through them."""
+        """The multiply-add peak; between two measured thread counts on the line through them.
+
+        That of ``isa`` "numba", whose code uses the widest vectors there are, is the largest.
+        """
+        if isa == "numba":
+            tiers = {peak.isa for peak in self.multiply_adds if peak.isa != "amx"}
+            peaks = [self.gflops(tier, dtype, threads) for tier in tiers]
+            return max((peak for peak in peaks if peak is not None), default=None)
         points = {
             peak.threads: peak.gflops
             for peak in self.multiply_adds

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, TextIO
 
-from fastseq import _config
+from fastseq import _config, _recorder
 from fastseq.profiler import roofline, roofs, summary, table, trace
 from fastseq.profiler.counters import Counters, HardwareCounters
 from fastseq.profiler.record import Call, Recording
@@ -27,7 +27,7 @@ __all__ = ["MAX_CALLS", "MAX_SLICES", "Profile", "profile"]
 MAX_CALLS, MAX_SLICES = 20_000, 1_000
 _FORMAT = 1
 
-# The kernels have one recorder.
+# The kernels have one recorder, and Python one beside it.
 _running = threading.Lock()
 
 
@@ -35,6 +35,8 @@ def profile(
     hardware_counters: bool = False, *, max_calls: int = MAX_CALLS, max_slices: int = MAX_SLICES
 ) -> Profile:
     """Record what the kernels do in a block: ``with fastseq.profile() as p: ...``.
+
+    Kernels that Numba compiles are seen from the thread that calls them: their phases are coarser.
 
     Calls from all threads of the process are recorded, backward passes on autograd's included. An
     exception in the block ends the recording and keeps what was recorded. Not more than one profile
@@ -49,7 +51,7 @@ def profile(
 
     Raises:
         RuntimeError: when the block is entered and a profile is running, the backend is
-            "reference", or there are no compiled kernels.
+            "reference", or it is "cpu" and there are no compiled kernels.
         ValueError: ``max_calls`` is less than 1 or ``max_slices`` less than 0.
     """
     if max_calls < 1:
@@ -66,6 +68,7 @@ class Profile:
         self._counting = HardwareCounters() if hardware_counters else None
         self._limits = (max_calls, max_slices)
         self._kernels: ModuleType | None = None
+        self._recorder: _recorder.Recorder | None = None
         self._recording: Recording | None = None
         self._machine: dict[str, Any] = {}
         self._counters: Counters | None = None
@@ -82,21 +85,21 @@ class Profile:
             raise RuntimeError(
                 "backend 'reference' runs plain torch operators: there are no kernels to profile"
             )
-        if _config.backend_name() == "numba":
-            raise RuntimeError(
-                "backend 'numba' records no phases: only the compiled kernels can be profiled"
-            )
+        kernels: ModuleType | None = None
         try:
             kernels = _config.extension()
         except ImportError as error:
-            raise RuntimeError(f"there are no compiled kernels to profile: {error}") from error
+            if _config.backend_name() != "numba":
+                raise RuntimeError(f"there are no compiled kernels to profile: {error}") from error
         if not _running.acquire(blocking=False):
             raise RuntimeError("a profile is already running; profiles do not nest")
         try:
             self._machine = _machine()
             if self._counting is not None:
                 self._counting.start()
-            kernels.profile_start(*self._limits)
+            if kernels is not None:
+                kernels.profile_start(*self._limits)
+            self._recorder = _recorder.active = _recorder.Recorder(*self._limits)
         except BaseException:
             _running.release()
             raise
@@ -109,13 +112,16 @@ class Profile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._kernels is not None
+        assert self._recorder is not None
         try:
-            raw = self._kernels.profile_stop()
+            _recorder.active = None
+            raw = self._recorder.stop()
+            if self._kernels is not None:
+                raw = _recorder.merged(self._kernels.profile_stop(), raw)
             if self._counting is not None:
                 self._counters = self._counting.stop()
         finally:
-            self._kernels = None
+            self._kernels = self._recorder = None
             _running.release()
         self._recording = Recording(raw)
         if not self._recording.calls and error is None:
@@ -173,9 +179,10 @@ class Profile:
     def roofs(self) -> Roofs | None:
         """The machine's roofs, measured now if they never were (about ten seconds).
 
-        ``None`` for a profile that was read from a file of another machine without roofs in it.
+        ``None`` for a profile that was read from a file of another machine without roofs in it,
+        and where there are no compiled kernels, which measure them.
         """
-        if self._roofs is None and not self._foreign:
+        if self._roofs is None and not self._foreign and _config.has_extension():
             self._roofs = roofs.load_or_measure(progress_on(sys.stderr))
         return self._roofs
 
@@ -239,8 +246,10 @@ class Profile:
                 f"roofs of {self._roofs.cpu} (measured {self._roofs.measured}); "
                 "fastseq roof shows them"
             )
-        elif recording.calls:
+        elif recording.calls and self._foreign:
             lines.append("no roofs: this profile was read from a file that has none")
+        elif recording.calls:
+            lines.append("no roofs: the compiled kernels, which measure them, are not there")
         if recording.calls_dropped:
             lines.append(
                 f"{recording.calls_dropped:,} more calls were not recorded; raise max_calls"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastseq._work import OwnCell
 from fastseq.profiler.models import Model, model
 from fastseq.profiler.record import Call
 from fastseq.profiler.roofs import LeastTime, Roofs
@@ -124,6 +125,8 @@ def _is_usual(name: str, size: int, shape: Any) -> bool:
         return size == shape.get("E")
     if name == "Hkv":
         return size == shape.get("Hq")
+    if name in OwnCell._fields:  # the cell's name says it
+        return True
     return (name == "P" and size == 0) or (name == "D" and size == 1)
 
 
@@ -140,7 +143,7 @@ def _measured(call: Call, roofs: Roofs | None) -> _Measured:
     known = model(call)
     least = None
     if known is not None and roofs is not None:
-        least = roofs.least_time(known, call.isa, call.dtype, max(1, len(call.threads)))
+        least = roofs.least_time(known, call.isa, call.dtype, call.team)
     return _Measured(call, known, least)
 
 
@@ -168,7 +171,7 @@ def rows(
     for call in calls:
         key: tuple[Hashable, ...] = (call.kernel, call.variant, call.dtype, call.isa)
         if group == "shape":
-            key += (shape_label(call), len(call.threads))
+            key += (shape_label(call), call.team)
         grouped.setdefault(key, []).append(_measured(call, roofs))
     order = _ORDERS[sort]
     kernels = [(_kernel_row(members, wall_seconds), members) for members in grouped.values()]
@@ -215,7 +218,7 @@ def _kernel_row(members: list[_Measured], wall_seconds: float) -> Row:
         shapes=tuple(sorted(shapes, key=lambda label: -shapes[label])),
         dtype=first.dtype,
         isa=first.isa,
-        threads=tuple(sorted({len(one.call.threads) for one in members})),
+        threads=tuple(sorted({one.call.team for one in members})),
         gflops=_ratio(flops / 1e9, modelled_s) if flops else None,
         gbytes=_ratio(moved / 1e9, modelled_s) if moved else None,
         intensity=_ratio(flops, moved) if flops else None,
@@ -237,7 +240,7 @@ def _phase_rows(
             if not work:
                 continue
             flops[phase] = flops.get(phase, 0) + work
-            threads = max(1, len(call.threads))
+            threads = call.team
             peak = roofs.gflops(call.isa, call.dtype, threads) if roofs is not None else None
             if peak:
                 roof = f"FMA {call.dtype} {call.isa} x{threads}"

@@ -133,7 +133,7 @@ def _call_event(call: Call, offset_ns: int, process: int, track: int) -> Event:
         "shape": shape_label(call),
         "dtype": call.dtype,
         "ISA": call.isa,
-        "threads": len(call.threads),
+        "threads": call.team,
         **{f"{phase} (us)": round(time * 1e6, 3) for phase, time in call.phases().items()},
     }
     known = model(call)

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastseq import _recorder
 from fastseq._attention import WEIGHTS_MEAN, WEIGHTS_NONE, Options, Terms, empty_heads
 from fastseq.backends import reference_attention
 from fastseq.backends.numba import threads as _threads
 from fastseq.backends.numba.attention_bodies import body
 from fastseq.backends.numba.attention_problem import COUNT, KEY_BLOCK, PANEL
+from fastseq.backends.numba.recording import NOTHING, attention_call
 
 __all__ = ["attention_backward", "attention_forward", "empty_heads", "plain_attention"]
 
@@ -25,6 +27,8 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Te
 
 # Fewer multiplications than this are not worth a second thread.
 _SINGLE_THREAD_FLOPS = 1 << 20
+# What a profile calls the time in each of the functions.
+_PHASES = {"forward": "fused forward", "backward": "fused backward", "sinks": "fused backward"}
 _WANTED_PIECES, _MOST_SPLITS = 16, 4
 
 
@@ -169,6 +173,7 @@ def _run(
     places = (0, 0, 0, ctypes.addressof(counter), 0, ctypes.addressof(numbers))
     arguments = (ctypes.c_int64 * (len(places) + len(integers)))(*places, *integers)
     for name, count in names_and_counts.items():
+        _recorder.enter(_PHASES[name])
         counter.value, arguments[COUNT] = 0, count
         _threads.run(body(name, item_bytes), arguments, max(1, min(threads, count)))
 
@@ -187,6 +192,23 @@ def attention_forward(
     Arguments as for :func:`fastseq.backends.reference_attention.attention`.
     """
     sizes = _sizes(query, key, value, terms)
+    recording = NOTHING
+    if _recorder.active is not None:
+        recording = attention_call("attention_forward", query, sizes, terms, options)
+    with recording:
+        return _forward(sizes, query, key, value, terms, options, save, weights)
+
+
+def _forward(
+    sizes: tuple[int, ...],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: Terms,
+    options: Options,
+    save: bool,
+    weights: int,
+) -> Forward:
     batch, heads, kv_heads, queries, keys, _, value_size = sizes
     output = empty_heads(query, value_size)
     rows = (batch, heads, queries) if query.dim() == 4 else (heads, queries)
@@ -251,6 +273,32 @@ def attention_backward(
 ) -> Gradients:
     """Gradients of query, key, value, bias and sinks; ``None`` where not asked for."""
     sizes = _sizes(query, key, value, terms)
+    recording = NOTHING
+    if _recorder.active is not None:
+        named = zip(("query", "key", "value", "bias"), needs, strict=False)
+        asked = {f"needs_{name}": int(needed) for name, needed in named}
+        recording = attention_call("attention_backward", query, sizes, terms, options, **asked)
+    with recording:
+        return _backward(
+            sizes, grad_output, grad_lse, query, key, value, terms, output, row_maximum, row_scale,
+            options, needs,
+        )  # fmt: skip
+
+
+def _backward(
+    sizes: tuple[int, ...],
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: Terms,
+    output: Tensor,
+    row_maximum: Tensor,
+    row_scale: Tensor,
+    options: Options,
+    needs: Sequence[bool],
+) -> Gradients:
     batch, heads, kv_heads, _, keys, size, _ = sizes
     bias, sinks = terms.bias, terms.sinks
     grad_query = empty_heads(query, size) if needs[0] else None
@@ -305,5 +353,6 @@ def attention_backward(
         bodies["sinks"] = heads
     _run(bodies, sizes, terms, options, query.element_size(), integers)
     if grad_query is not None and parts is not None and splits > 1:
+        _recorder.enter("join")
         torch.sum(parts, 0, out=grad_query)
     return grads

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fastseq import _recorder
 from fastseq.backends.numba import arguments as at
 from fastseq.backends.numba import drivers
 from fastseq.backends.numba.call import Arguments, Call, describe
@@ -46,6 +47,7 @@ def backward_rows(
 
     ``batch``: sequences, where some have no row at all.
     """
+    _recorder.enter("states")
     call = describe(plan, input, weights, bidirectional, batch_first, batch_sizes)
     if batch is not None:
         call = call._replace(batch=batch)
@@ -76,11 +78,14 @@ def backward_rows(
     count = len(states)
     grad_input = None
     if needs[0]:
+        _recorder.enter("input gradient")
         grad_input = input_gradient(plan, call, by_direction, gradients, input)
+    _recorder.enter("states")
     found_states = [
         _state_gradient(plan, call, index, carried, projected, masks) if needs[1 + index] else None
         for index in range(count)
     ]
+    _recorder.enter("weight gradient")
     found_weights: list[Tensor | None] = []
     per_direction = len(weights) // directions
     for direction, w in enumerate(by_direction):
@@ -110,6 +115,7 @@ def _through_time(
     if masks is not None:
         arguments.masks(masks)
     hidden, units = call.hidden, call.units
+    _recorder.enter("pack")
     for direction, w in enumerate(by_direction):
         arguments.of_direction(direction, at.RECORDS, records[direction])
         arguments.of_direction(direction, at.GRADIENTS, gradients[direction])
@@ -126,6 +132,7 @@ def _through_time(
             packed = packed_transpose(w.projection, (0,), call.width, units)
             arguments.of_direction(direction, at.PROJECTION, packed)
             arguments.of_direction(direction, at.PROJECTED, projected[direction])
+    _recorder.enter("recurrence")
     arguments.run(drivers.backward_kernel(plan, carried.element_size()))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastseq import _recorder
 from fastseq.backends.numba import arguments as at
 from fastseq.backends.numba import drivers, step
 from fastseq.backends.numba.call import Arguments, Call, describe
@@ -36,6 +37,7 @@ def forward_rows(
     ``batch``: sequences, where some have no row at all; ``capacity``: rows that the reserve is to
     have room for.
     """
+    _recorder.enter("states")
     call = describe(plan, input, weights, bidirectional, batch_first, batch_sizes)
     if batch is not None:
         call = call._replace(batch=batch)
@@ -61,6 +63,7 @@ def forward_rows(
         _one_step(plan, call, by_direction, carried, masks, records, output, save)
     else:
         _all_steps(plan, call, by_direction, carried, projected, masks, records, output, save)
+    _recorder.enter("states")
     kept = plan.states - (plan.recurrent_state > 0)
     # Not views of one tensor: an op's results must not share memory.
     final = [carried[:, :, index, : call.hidden].clone() for index in range(kept)]
@@ -99,6 +102,7 @@ def _one_step(
     save: bool,
 ) -> None:
     """A single step of a few sequences; ``carried``, ``records`` and ``output`` are written."""
+    _recorder.enter("single step")
     rows = output.view(call.batch, output.size(-1))
     for direction, w in enumerate(by_direction):
         first = direction * call.hidden
@@ -137,10 +141,12 @@ def _all_steps(
     # Packing the weights for one step would take longer than their product.
     products = call.steps == 1 and not call.projected
     for direction, w in enumerate(by_direction):
+        _recorder.enter("products" if products else "input product")
         if products:
             both_products(plan, call, w, carried[direction], records[direction])
         else:
             input_product(plan, call, w, records[direction])
+        _recorder.enter("pack")
         arguments.of_direction(direction, at.RECORDS, records[direction])
         arguments.of_direction(direction, at.STATES, carried[direction])
         if w.parameters:
@@ -162,4 +168,5 @@ def _all_steps(
             arguments.of_direction(direction, at.PROJECTION, packed)
             arguments.of_direction(direction, at.PROJECTED, projected[direction])
     arguments.values[at.SAVE] = int(save)
+    _recorder.enter("gate update" if products else "recurrence")
     arguments.run(drivers.forward_kernel(plan, carried.element_size()))

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastseq import _recorder
 from fastseq._cells import GATES
 from fastseq.backends.numba import recurrent, step
+from fastseq.backends.numba.recording import NOTHING, recurrent_call
 from fastseq.cells.builtin import BUILTIN
 
 __all__ = ["plain_layer", "rnn_backward", "rnn_cell", "rnn_forward", "rnn_reserve_elements"]
@@ -45,19 +47,17 @@ def rnn_forward(
     Returns ``(output, hy, cy, reserve)``; ``reserve`` is ``None`` unless ``save``.
     """
     states = (hx, cx) if cell == "lstm" else (hx,)
-    output, final, reserve = recurrent.forward(
-        BUILTIN[cell].plan,
-        input,
-        states,
-        weights,
-        None,
-        has_biases,
-        bidirectional,
-        batch_first,
-        batch_sizes,
-        lengths,
-        save,
-    )
+    layout = (has_biases, bidirectional, batch_first, batch_sizes, lengths)
+    recording = NOTHING
+    if _recorder.active is not None:
+        hidden = weights[0].size(0) // GATES[cell]
+        recording = recurrent_call(
+            "rnn_forward", cell, input, hidden, proj_size, *layout, {"training": int(save)}
+        )
+    with recording:
+        output, final, reserve = recurrent.forward(
+            BUILTIN[cell].plan, input, states, weights, None, *layout, save
+        )
     return output, final[0], final[1] if cell == "lstm" else None, reserve
 
 
@@ -74,7 +74,7 @@ def rnn_cell(
         before = [hx] if cx is None else [hx, cx]
         after = [torch.empty_like(state) for state in before]
         # A cell's output is its state: both go to the same place.
-        step.run_alone(BUILTIN[cell].plan, input, before, weights, [after[0], *after])
+        _single_step(cell, input, before, weights, [after[0], *after])
         return after[0], None if cx is None else after[1]
     _, hy, cy, _ = rnn_forward(
         input.unsqueeze(0),
@@ -91,6 +91,26 @@ def rnn_cell(
         False,
     )
     return hy.squeeze(0), None if cy is None else cy.squeeze(0)
+
+
+def _single_step(
+    cell: str,
+    input: Tensor,
+    before: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+) -> None:
+    """:func:`fastseq.backends.numba.step.run_alone`, recorded where somebody records."""
+    if _recorder.active is None:
+        step.run_alone(BUILTIN[cell].plan, input, before, weights, outputs)
+        return
+    hidden, biases = weights[1].size(1), len(weights) == 4
+    one = input.reshape(1, -1, input.size(-1))
+    with recurrent_call(
+        "rnn_forward", cell, one, hidden, 0, biases, False, False, None, None, {"training": 0}
+    ):
+        _recorder.enter("single step")
+        step.run_alone(BUILTIN[cell].plan, input, before, weights, outputs)
 
 
 def _are_dense(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
@@ -143,9 +163,9 @@ def plain_layer(
     output, hy = input.new_empty((*shape[:2], hidden)), input.new_empty(state)
     if cell == "lstm":
         cy = input.new_empty(state)
-        step.run_alone(BUILTIN[cell].plan, input, (hx, cx), weights, (output, hy, cy))
+        _single_step(cell, input, (hx, cx), weights, (output, hy, cy))
         return output, hy, cy
-    step.run_alone(BUILTIN[cell].plan, input, (hx,), weights, (output, hy))
+    _single_step(cell, input, (hx,), weights, (output, hy))
     return output, hy, None
 
 
@@ -173,20 +193,23 @@ def rnn_backward(
     ``needs`` says for ``(input, hx, cx, *weights)`` which are asked for; the others are ``None``.
     """
     lstm = cell == "lstm"
-    found = recurrent.backward(
-        BUILTIN[cell].plan,
-        grad_output,
-        (grad_hy, grad_cy) if lstm else (grad_hy,),
-        input,
-        (hx, cx) if lstm else (hx,),
-        weights,
-        None,
-        reserve,
-        has_biases,
-        bidirectional,
-        batch_first,
-        batch_sizes,
-        lengths,
-        needs if lstm else [*needs[:2], *needs[3:]],
-    )
+    layout = (has_biases, bidirectional, batch_first, batch_sizes, lengths)
+    recording = NOTHING
+    if _recorder.active is not None:
+        hidden = weights[0].size(0) // GATES[cell]
+        asked = {"needs_x": int(needs[0]), "needs_w": int(any(needs[3:]))}
+        recording = recurrent_call("rnn_backward", cell, input, hidden, proj_size, *layout, asked)
+    with recording:
+        found = recurrent.backward(
+            BUILTIN[cell].plan,
+            grad_output,
+            (grad_hy, grad_cy) if lstm else (grad_hy,),
+            input,
+            (hx, cx) if lstm else (hx,),
+            weights,
+            None,
+            reserve,
+            *layout,
+            needs if lstm else [*needs[:2], *needs[3:]],
+        )
     return found.input, found.states[0], found.states[1] if lstm else None, found.weights
