@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from kernels import skip_without_extension
 from torch import Tensor
 
 import fastseq
 import fastseq.nn as fast_nn
 from fastseq import _config
 from fastseq.functional import linear
+
+skip_without_extension()
 
 pytestmark = pytest.mark.skipif(
     "amx" not in _config.extension().isa_usable(),

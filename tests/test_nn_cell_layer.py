@@ -239,6 +239,60 @@ def test_builtin_cells_hold_torchs_state_dict(name: str) -> None:
     torch.testing.assert_close(as_tuple(found[1]), as_tuple(expected[1]), **EXACT)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_projection_is_torchs(options: dict[str, Any]) -> None:
+    """state_dict, outputs and every gradient of torch's LSTM with proj_size."""
+    torch.manual_seed(0)
+    theirs = torch.nn.LSTM(IN, 33, proj_size=6, dtype=torch.float64, **options)
+    ours = fast_nn.CellLayer(cells.lstm, IN, 33, proj_size=6, dtype=torch.float64, **options)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(T, B, IN, dtype=torch.float64, requires_grad=True)
+    shape = (theirs.num_layers * (1 + theirs.bidirectional), B)
+    h, c = torch.randn(*shape, 6, dtype=torch.float64), torch.randn(*shape, 33, dtype=torch.float64)
+    states = (h.requires_grad_(), c.requires_grad_())
+    found = run(ours, x, states, [x, *states, *ours.parameters()])
+    wanted = run(theirs, x, states, [x, *states, *theirs.parameters()])
+    torch.testing.assert_close(found, wanted, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["peephole_lstm", "s_lstm"])
+def test_projection_against_the_composite(name: str) -> None:
+    torch.manual_seed(0)
+    layer = fast_nn.CellLayer(
+        SHIPPED[name], IN, H, proj_size=3, bidirectional=True, dtype=torch.float64
+    )
+    x = torch.randn(T, B, IN, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *layer.parameters()]
+    for more in ({}, {"lengths": torch.tensor([3, 6, 0, 2])}):
+        found = run(layer, x, None, wanted, **more)
+        with fastseq.backend("reference"):
+            expected = run(layer, x, None, wanted, **more)
+        torch.testing.assert_close(found, expected, **EXACT)
+    with FlopCounterMode(display=False) as counter:
+        output = layer(x)[0]
+        forward = counter.get_total_flops()
+        output.sum().backward()
+    products = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+    assert (forward, counter.get_total_flops()) == (2 * T * B * products, 6 * T * B * products)
+
+
+def test_projection_errors() -> None:
+    def make(cell: Any, size: Any, **options: Any) -> Any:
+        return fast_nn.CellLayer(cell, IN, H, proj_size=size, **options)
+
+    raises(ValueError, "smaller than hidden_size, 7, got 7", lambda: make(cells.lstm, 7))
+    raises(TypeError, "proj_size must be an int, got float", lambda: make(cells.lstm, 2.0))
+    raises(ValueError, "'gru', which reads s.0. itself, got 2", lambda: make(cells.gru, 2))
+    raises(ValueError, "has no recurrent matrix", lambda: make(cells.ind_rnn, 2))
+    raises(ValueError, "or zoneout, got 2", lambda: make(cells.lstm, 2, zoneout=(0, 0.1)))
+    layer = make(cells.lstm, 2)
+    assert repr(layer) == "CellLayer(lstm, 5, 7, proj_size=2)"
+    state = torch.zeros(1, B, H)
+    x = torch.randn(T, B, IN)
+    raises(RuntimeError, r"state 0 must have shape \(1, 4, 2\)", lambda: layer(x, (state, state)))
+
+
 # --- autograd and compiler
 
 

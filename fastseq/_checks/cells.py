@@ -9,11 +9,40 @@ from torch import Tensor
 
 from fastseq.cells.definition import Cell
 
-__all__ = ["layers", "probability", "weight_shapes"]
+__all__ = ["layers", "probability", "projection", "weight_shapes"]
+
+
+def projection(
+    cell: Cell,
+    hidden_size: int,
+    proj_size: int,
+    recurrent_dropout: float,
+    zoneout: float | Sequence[float],
+) -> int:
+    """``proj_size``, 0 for none, of a cell and options that can have one."""
+    if isinstance(proj_size, bool) or not isinstance(proj_size, int):
+        raise TypeError(f"proj_size must be an int, got {type(proj_size).__name__}")
+    if proj_size == 0:
+        return 0
+    if not 0 < proj_size < hidden_size:
+        raise ValueError(
+            f"proj_size must be at least 0 and smaller than hidden_size, {hidden_size}, "
+            f"got {proj_size}"
+        )
+    if not cell.recurrent or cell.reads_hidden_state:
+        why = "reads s[0] itself" if cell.recurrent else "has no recurrent matrix"
+        raise ValueError(
+            f"proj_size must be 0 for cell {cell.name!r}, which {why}, got {proj_size}: only the "
+            "recurrent product may read a hidden state that is projected"
+        )
+    zones = [zoneout] if isinstance(zoneout, (int, float)) else zoneout
+    if recurrent_dropout or any(zones):
+        raise ValueError(f"proj_size must be 0 with recurrent_dropout or zoneout, got {proj_size}")
+    return proj_size
 
 
 def weight_shapes(
-    cell: Cell, features: int, hidden_size: int, has_biases: bool
+    cell: Cell, features: int, hidden_size: int, has_biases: bool, proj_size: int = 0
 ) -> list[tuple[str, tuple[int, ...]]]:
     """Name and shape of each weight of one layer and direction, in order."""
     input_rows = len(cell.plan.input_gates) * hidden_size
@@ -22,12 +51,15 @@ def weight_shapes(
     if input_rows:
         shapes.append(("weight_ih", (input_rows, features)))
     if hidden_rows:
-        shapes.append(("weight_hh", (hidden_rows, hidden_size)))
+        shapes.append(("weight_hh", (hidden_rows, proj_size or hidden_size)))
     if has_biases and input_rows:
         shapes.append(("bias_ih", (input_rows,)))
     if has_biases and hidden_rows:
         shapes.append(("bias_hh", (hidden_rows,)))
-    return [*shapes, *((name, (hidden_size,)) for name in cell.parameters)]
+    shapes += [(name, (hidden_size,)) for name in cell.parameters]
+    if proj_size:
+        shapes.append(("weight_hr", (proj_size, hidden_size)))
+    return shapes
 
 
 def probability(name: str, value: float) -> float:
@@ -47,6 +79,7 @@ def layers(
     bidirectional: bool,
     batch_first: bool,
     has_biases: bool,
+    proj_size: int,
     batch_sizes: Tensor | None,
 ) -> None:
     """Sizes, dtypes and devices of a call."""
@@ -60,9 +93,9 @@ def layers(
     features = input.shape[-1]
     for layer in range(num_layers):
         for _ in range(directions):
-            named = weight_shapes(cell, features, hidden_size, has_biases)
+            named = weight_shapes(cell, features, hidden_size, has_biases, proj_size)
             expected += [(f"{name} of layer {layer}", shape) for name, shape in named]
-        features = directions * hidden_size
+        features = directions * (proj_size or hidden_size)
     if len(weights) != len(expected):
         raise RuntimeError(
             f"weights must hold the tensors of {num_layers} layer(s) in {directions} "
@@ -98,8 +131,9 @@ def layers(
     if states:
         if batch_sizes is not None:
             batch = int(batch_sizes[0])
-        shape = (num_layers * directions, batch, hidden_size)
         for index, state in enumerate(states):
+            width = hidden_size if index else proj_size or hidden_size
+            shape = (num_layers * directions, batch, width)
             if state.shape != shape:
                 raise RuntimeError(
                     f"state {index} must have shape {shape}, got {tuple(state.shape)}"

@@ -128,15 +128,9 @@ def _rnn_backward_flops(
 # --- users' cells
 
 
-def _products(cell: str, weights: Sequence[Tensor], rows: int) -> tuple[int, int]:
-    """Operations of a direction's product with the input and of the recurrent one."""
-    plan = find(cell).plan
-    sizes = [2 * rows * math.prod(weight.shape) for weight in weights[:2] if weight.dim() == 2]
-    found = iter(sizes)
-    return (
-        next(found) if plan.input_gates else 0,
-        next(found) if plan.hidden_gates else 0,
-    )
+def _products(weights: Sequence[Tensor], rows: int) -> list[int]:
+    """Operations of a direction's products with each of its weights; 0 for what is no matrix."""
+    return [2 * rows * math.prod(w.shape) if w.dim() == 2 else 0 for w in weights]
 
 
 @register_flop_formula(torch.ops.fastseq.cell_forward, get_raw=True)
@@ -157,7 +151,7 @@ def _cell_forward_flops(
     **__: Any,
 ) -> int:
     rows = _rows(input, batch_sizes, lengths)
-    return (2 if bidirectional else 1) * sum(_products(cell, weights, rows))
+    return sum(_products(weights, rows))
 
 
 @register_flop_formula(torch.ops.fastseq.cell_backward, get_raw=True)
@@ -184,16 +178,16 @@ def _cell_backward_flops(
 ) -> int:
     """What the kernels do: the way back through time, and each gradient that is asked for."""
     rows = _rows(input, batch_sizes, lengths)
-    from_input, from_hidden = _products(cell, weights, rows)
+    products = _products(weights, rows)
+    total = sum(
+        size for size, needed in zip(products, needs[1 + len(states) :], strict=True) if needed
+    )
     directions = 2 if bidirectional else 1
-    each = len(weights) // directions
-    matrices = bool(from_input) + bool(from_hidden)
-    total = directions * (from_hidden + from_input * needs[0])
-    for direction in range(directions):
-        first = 1 + len(states) + direction * each
-        products = [size for size in (from_input, from_hidden) if size]
-        wanted = needs[first : first + matrices]
-        total += sum(size for size, needed in zip(products, wanted, strict=True) if needed)
+    for first in range(0, len(weights), len(weights) // directions):
+        of_direction = products[first : first + len(weights) // directions]
+        if find(cell).plan.input_gates and not needs[0]:
+            of_direction = of_direction[1:]
+        total += sum(of_direction)
     return total
 
 

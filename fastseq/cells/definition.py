@@ -63,6 +63,12 @@ class Cell:
         """Whether there is a recurrent matrix: some ``h[g]`` is used."""
         return bool(self.plan.hidden_gates)
 
+    @cached_property
+    def reads_hidden_state(self) -> bool:
+        """Whether a formula reads ``s[0]``, which otherwise only the recurrent product does."""
+        hidden = leaf("s", 0)
+        return any(node is hidden for node in topological(self.outputs))
+
     def regularised(self, recurrent_dropout: bool, zoneout: bool) -> Plan:
         """The plan with masks in its formulas, see :func:`fastseq.cells.plan.regularised`."""
         recurrent_dropout = recurrent_dropout and self.recurrent

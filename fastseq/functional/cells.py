@@ -36,6 +36,7 @@ def cell_layers(
     recurrent_dropout: float = 0.0,
     zoneout: float | Sequence[float] = 0.0,
     weight_dropout: float = 0.0,
+    proj_size: int = 0,
     training: bool = False,
     batch_sizes: Tensor | None = None,
     lengths: Lengths | None = None,
@@ -60,6 +61,8 @@ def cell_layers(
         recurrent_dropout: see :class:`fastseq.nn.CellLayer`.
         zoneout: likewise.
         weight_dropout: likewise.
+        proj_size: P, what the hidden state is projected to; 0 for none. See
+            :class:`fastseq.nn.CellLayer`.
         training: whether dropouts and zoneout are random; without it dropouts do nothing and
             zoneout mixes old and new states by its expectation.
         batch_sizes: int64 CPU tensor ``(T,)``, the ``batch_sizes`` of a
@@ -67,12 +70,13 @@ def cell_layers(
         lengths: ``(B,)`` integers from 0 to T in any order, for padded input.
 
     Returns:
-        ``output``, shaped as ``input`` with ``D*H`` features, and the final states, shaped as
-        ``states``.
+        ``output``, shaped as ``input`` with ``D*H`` (or ``D*P``) features, and the final states,
+        shaped as ``states``.
 
     Raises:
-        ValueError: a probability is not between 0 and 1, ``input`` is not 2-D or 3-D or has
-            another dtype than the weights, or ``lengths`` or ``batch_sizes`` are malformed.
+        ValueError: a probability is not between 0 and 1, there can be no projection, ``input`` is
+            not 2-D or 3-D or has another dtype than the weights, or ``lengths`` or
+            ``batch_sizes`` are malformed.
         RuntimeError: sizes, dtypes or devices do not fit together, or there are no time steps.
         TypeError: ``states`` is not as many tensors as the cell has states.
     """
@@ -85,6 +89,7 @@ def cell_layers(
     ):
         _checks.probability(name, value)
     rates = _zoneout_rates(cell, zoneout)
+    _checks.projection(cell, hidden_size, proj_size, recurrent_dropout, rates)
     reason = _reason(input)
     unbatched = batch_sizes is None and input.dim() == 2
     if unbatched:
@@ -111,6 +116,7 @@ def cell_layers(
         bidirectional,
         batch_first,
         has_biases,
+        proj_size,
         batch_sizes,
     )
     if reason is not None:

@@ -30,7 +30,8 @@ class CellLayer(torch.nn.Module):
     - ``weight_ih_l0`` ``(G*H, I)`` and ``weight_hh_l0`` ``(G*H, H)``, G counting the gates whose
       ``x`` or ``h`` the cell uses; none where it uses none,
     - ``bias_ih_l0``, ``bias_hh_l0`` ``(G*H)`` likewise, with ``bias``,
-    - one ``(H)`` for each of the cell's ``parameters``, ``p_l0`` for ``p``.
+    - one ``(H)`` for each of the cell's ``parameters``, ``p_l0`` for ``p``,
+    - ``weight_hr_l0`` ``(P, H)`` with ``proj_size``; ``weight_hh_l0`` is ``(G*H, P)`` then.
 
     Args:
         cell: the cell.
@@ -54,13 +55,18 @@ class CellLayer(torch.nn.Module):
             once per call for all steps and sequences, the rest divided by ``1 - p``
             ("DropConnect", Wan et al. 2013; for LSTMs Merity et al. 2018,
             https://arxiv.org/abs/1708.02182).
+        proj_size: P > 0 multiplies the hidden state by ``weight_hr`` after every step, as
+            :class:`torch.nn.LSTM` does: output and first state have P features (Sak et al. 2014,
+            https://arxiv.org/abs/1402.1128). For cells that do not read ``s[0]`` themselves, and
+            without ``recurrent_dropout`` and ``zoneout``, which do.
 
     All random numbers come from torch's default generator: the same ``torch.manual_seed`` gives
     the same masks, whatever the number of threads.
 
     Raises:
         TypeError: ``cell`` was not made by :func:`fastseq.cell`.
-        ValueError: a size is below 1, or a probability not between 0 and 1.
+        ValueError: a size is below 1, a probability not between 0 and 1, or ``proj_size`` not
+            smaller than ``hidden_size`` or not possible for the cell.
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class CellLayer(torch.nn.Module):
         recurrent_dropout: float = 0.0,
         zoneout: float | Sequence[float] = 0.0,
         weight_dropout: float = 0.0,
+        proj_size: int = 0,
     ) -> None:
         super().__init__()
         if not isinstance(cell, Cell):
@@ -110,16 +117,20 @@ class CellLayer(torch.nn.Module):
                     f"zoneout must be a number or one for each of {cell.states} state(s), "
                     f"got {len(self.zoneout)}"
                 )
+        self.proj_size = _checks.projection(
+            cell, hidden_size, proj_size, self.recurrent_dropout, self.zoneout
+        )
         self._names: list[str] = []
         features = input_size
         for layer in range(num_layers):
             for suffix in ("", "_reverse") if bidirectional else ("",):
-                for name, shape in _checks.weight_shapes(cell, features, hidden_size, bias):
+                shapes = _checks.weight_shapes(cell, features, hidden_size, bias, proj_size)
+                for name, shape in shapes:
                     full = f"{name}_l{layer}{suffix}"
                     parameter = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                     self.register_parameter(full, parameter)
                     self._names.append(full)
-            features = hidden_size * (2 if bidirectional else 1)
+            features = (proj_size or hidden_size) * (2 if bidirectional else 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -140,6 +151,7 @@ class CellLayer(torch.nn.Module):
             "recurrent_dropout": 0.0,
             "zoneout": 0.0,
             "weight_dropout": 0.0,
+            "proj_size": 0,
         }
         for name, default in defaults.items():
             value = getattr(self, name)
@@ -170,13 +182,14 @@ class CellLayer(torch.nn.Module):
             input: ``(T, B, I)``, ``(B, T, I)`` with ``batch_first``, ``(T, I)``, or a
                 :class:`~torch.nn.utils.rnn.PackedSequence`.
             hx: the initial state ``(L*D, B, H)``, a tuple of them for a cell with several, without
-                ``B`` with ``(T, I)`` input. Default: zeros.
+                ``B`` with ``(T, I)`` input; the first has P features with ``proj_size``. Default:
+                zeros.
             lengths: ``(B,)`` integers for padded input: outputs past a sequence's length are
                 zero, its final states are those at its length.
 
         Returns:
-            ``output``, of the kind of ``input`` with ``D*H`` features, and the final states,
-            shaped as ``hx``.
+            ``output``, of the kind of ``input`` with ``D*H`` (or ``D*P``) features, and the final
+            states, shaped as ``hx``.
 
         Raises:
             ValueError, RuntimeError, TypeError: as :func:`fastseq.functional.cell_layers` does.
@@ -201,6 +214,7 @@ class CellLayer(torch.nn.Module):
             recurrent_dropout=self.recurrent_dropout,
             zoneout=self.zoneout,
             weight_dropout=self.weight_dropout,
+            proj_size=self.proj_size,
             training=self.training,
             batch_sizes=batch_sizes,
             lengths=lengths,

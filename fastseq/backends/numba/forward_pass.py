@@ -38,6 +38,7 @@ def forward_rows(
     have room for.
     """
     _recorder.enter("states")
+    weights = [w if w.is_contiguous() else w.contiguous() for w in weights]
     call = describe(plan, input, weights, bidirectional, batch_first, batch_sizes)
     if batch is not None:
         call = call._replace(batch=batch)
