@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernels import HAS_EXTENSION
 from oracle import CELLS, Case, arguments, outputs_of
 
 import fastseq.nn as fast_nn
@@ -100,9 +101,10 @@ def test_results_share_no_memory(cell: str, grad: bool) -> None:
 def reserves_made(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[torch.Tensor]]:
     """Weak references to the reserve of every forward from now on."""
     made: list[weakref.ref[torch.Tensor]] = []
-    from fastseq.backends import cpu
+    from importlib import import_module
 
-    original = cpu.rnn_forward
+    backend = import_module("fastseq.backends." + ("cpu" if HAS_EXTENSION else "numba.layers"))
+    original = backend.rnn_forward
 
     def spy(*given: object) -> object:
         result = original(*given)
@@ -110,7 +112,7 @@ def reserves_made(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[torch.Ten
             made.append(weakref.ref(result[3]))
         return result
 
-    monkeypatch.setattr(cpu, "rnn_forward", spy)
+    monkeypatch.setattr(backend, "rnn_forward", spy)
     return made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastseq import _recorder
@@ -145,9 +146,10 @@ def _state_gradient(
     masks: Tensor | None,
 ) -> Tensor:
     """That of initial state ``index``, after the driver has run."""
+    # Not a view, though it may be dense: an op's results must not share memory.
     if projected is not None and index == 0:
-        return projected[:, :, : call.width].contiguous()
-    found = carried[:, :, index, : call.hidden].contiguous()
+        return projected[:, :, : call.width].clone(memory_format=torch.contiguous_format)
+    found = carried[:, :, index, : call.hidden].clone(memory_format=torch.contiguous_format)
     if index == 0 and plan.recurrent_state:
         assert masks is not None
         found += carried[:, :, plan.recurrent_state, : call.hidden] * masks[:, 0, :, -1]
