@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernels import needs_extension
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -154,6 +155,7 @@ def test_export_and_trace_and_script() -> None:
     assert "aten::linear" in str(traced.graph)
 
 
+@needs_extension
 def test_inference_goes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Straight to the kernels' own checks, except where something else has to be asked first."""
     _, ours = pair(4, 3)
