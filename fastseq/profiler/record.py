@@ -75,7 +75,7 @@ class Call:
     end_s: float
     shape: Mapping[str, int]
     threads: tuple[ThreadTimes, ...]
-    team: int
+    team: int = 1
 
     @property
     def seconds(self) -> float:
