@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels import needs_extension
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -97,6 +98,7 @@ def detached(given: Any) -> list[Any]:
     return [value.detach() if isinstance(value, Tensor) else value for value in given]
 
 
+@needs_extension
 @each_variant
 def test_opcheck_forward(options: dict[str, Any]) -> None:
     op = torch.ops.fastseq.norm_forward.default
@@ -105,6 +107,7 @@ def test_opcheck_forward(options: dict[str, Any]) -> None:
         torch.library.opcheck(op, detached(op_arguments(options, save, want_sum)))
 
 
+@needs_extension
 @each_variant
 def test_opcheck_backward(options: dict[str, Any]) -> None:
     given = detached(op_arguments(options, True, True))
@@ -210,6 +213,7 @@ def test_sizes_do_not_recompile_forever() -> None:
     assert counter.frame_count <= 2
 
 
+@needs_extension
 def test_export() -> None:
     class Model(torch.nn.Module):
         def forward(self, x: Tensor, r: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernels import HAS_EXTENSION
 from oracle import CELLS, Case, arguments, outputs_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fastseq.nn as fast_nn
 from fastseq import _ops, functional
-from fastseq._cells import RESERVE_LAYOUT
+from fastseq._cells import NUMBA_RESERVE_LAYOUT, RESERVE_LAYOUT
+
+LAYOUT = RESERVE_LAYOUT if HAS_EXTENSION else NUMBA_RESERVE_LAYOUT
 
 LAYERS = ("RNN", "LSTM", "GRU")
 SMALL = {"steps": 3, "batch": 2, "input_size": 3, "hidden_size": 4}
@@ -57,7 +60,7 @@ def op_arguments(case: Case, save: bool = True) -> tuple[Any, ...]:
     weights = [leaf for name, leaf in leaves.items() if name[:2] in ("w_", "b_")]
     options = (case.cell, case.has_biases, case.proj_size, case.bidirectional, case.batch_first)
     states = (leaves.get("h_0"), leaves.get("c_0"))
-    return (x, *states, weights, batch_sizes, lengths, *options, save, RESERVE_LAYOUT)
+    return (x, *states, weights, batch_sizes, lengths, *options, save, LAYOUT)
 
 
 def detached(value: Any) -> Any:
@@ -113,7 +116,7 @@ def test_opcheck_rnn_backward(case: Case) -> None:
                 lengths,
                 *options,
                 needs,
-                RESERVE_LAYOUT,
+                LAYOUT,
             ),
             # There is no formula for its own gradient: double backward goes another way.
             test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
