@@ -302,8 +302,9 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Brows
         yield running
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize(
+    ("width", "dark"), [(360, False), (1280, True)], ids=["phone-light", "desktop-dark"]
+)
 def test_page_in_a_browser(
     chromium: browser.Browser,
     page_file: Path,
