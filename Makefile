@@ -12,7 +12,7 @@ EXTRA   = $(BIN)/python .ci/extra.py
 BUILD_INPUTS := pyproject.toml $(wildcard CMakeLists.txt) \
   $(shell find cmake csrc fastseq -name '*.cpp' -o -name '*.h' -o -name '*.def' -o -name '*.cmake' \
           -o -name '*.cu' -o -name '*.cuh' \
-          -o -name 'CMakeLists.txt' -o -name '*.pyx' -o -name '*.pxd' 2>/dev/null)
+          -o -name 'CMakeLists.txt' -o -name '*.pyx' -o -name '*.pxi' -o -name '*.pxd' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 # Lists what clang-format looks at.

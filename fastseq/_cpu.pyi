@@ -1,5 +1,5 @@
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -175,7 +175,29 @@ def plain_linear(
     bias: Tensor | None,
     activation: int,
     residual: Tensor | None,
-) -> Tensor | None: ...
+) -> Tensor | Literal[False] | None: ...
+def dense_linear_forward(
+    threads: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor | None] | None: ...
+def dense_linear_backward(
+    threads: int,
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    saved: Tensor | None,
+    activation: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None: ...
 def norm_forward(
     dtype: int,
     threads: int,

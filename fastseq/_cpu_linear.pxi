@@ -65,11 +65,6 @@ def element_dropout_mask(int64_t rows, int64_t columns, double probability, seed
         active.element_dropout_mask(rows, columns, probability, shape.dropout_seed, shape.dropout_offset, target)
 
 
-cdef inline bint is_recorded(object tensor) except -1:
-    """Autograd records it or its memory is lazily negated: not for the short ways."""
-    return tensor.requires_grad or tensor.is_neg()
-
-
 cdef inline bint describe_rows(object tensor, DLTensor* out, fastseq_matrix* matrix, int64_t* rows) except -1:
     """Fill all; true for a float32 or float64 CPU tensor of torch's own types whose rows lie at one distance."""
     if type(tensor) is not Tensor and type(tensor) is not Parameter:
@@ -99,41 +94,40 @@ cdef inline bint describe_rows(object tensor, DLTensor* out, fastseq_matrix* mat
     return True
 
 
-def plain_linear(int threads, input, weight, bias, int activation, residual):
-    """dropout-free linear without gradients: the output.
-
-    None when anything is not as plain as that, or wrong: the caller's general way then finds out what and says so.
-    """
-    cdef fastseq_linear_forward call
-    cdef DLTensor x, w, b, r
-    cdef int64_t rows, residual_rows
-    cdef int i, status, dtype
-    if exchange == NULL or not describe_rows(input, &x, &call.x, &rows):
-        return None
+cdef bint describe_linear(fastseq_linear_forward* call, DLTensor* x, input, weight, bias, residual) except -1:
+    """Fill what `call` says of tensors that are there, and `x`; false where one does not fit or would have to be copied."""
+    cdef DLTensor w, b, r
+    cdef int64_t residual_rows
+    cdef int i
+    memset(call, 0, sizeof(call[0]))
+    if exchange == NULL or not describe_rows(input, x, &call.x, &call.shape.rows):
+        return False
     if not describe(weight, &w, 2, x.dtype.bits) or w.shape[1] != x.shape[x.ndim - 1]:
-        return None
-    cdef int64_t outputs = w.shape[0]
-    call.bias = NULL
-    call.residual.data = NULL
-    call.residual.row_stride = 0
-    recording = is_grad_enabled()
-    if recording and (is_recorded(input) or is_recorded(weight)):
-        return None
+        return False
+    call.weight = start(&w)
+    call.shape.inputs, call.shape.outputs = w.shape[1], w.shape[0]
+    if call.shape.rows == 1:
+        call.x.row_stride = call.shape.inputs
     if bias is not None:
-        if not describe(bias, &b, 1, x.dtype.bits) or b.shape[0] != outputs or (recording and is_recorded(bias)):
-            return None
+        if not describe(bias, &b, 1, x.dtype.bits) or b.shape[0] != call.shape.outputs:
+            return False
         call.bias = start(&b)
     if residual is not None:
         if (not describe_rows(residual, &r, &call.residual, &residual_rows) or r.ndim != x.ndim
-                or r.dtype.bits != x.dtype.bits or r.shape[r.ndim - 1] != outputs
-                or (recording and is_recorded(residual))):
-            return None
+                or r.dtype.bits != x.dtype.bits or r.shape[r.ndim - 1] != call.shape.outputs):
+            return False
         for i in range(x.ndim - 1):
             if r.shape[i] != x.shape[i]:
-                return None
-    if not recording and (input.is_neg() or weight.is_neg() or (bias is not None and bias.is_neg())
-                          or (residual is not None and residual.is_neg())):
-        return None
+                return False
+    return not (input.is_neg() or weight.is_neg() or (bias is not None and bias.is_neg())
+                or (residual is not None and residual.is_neg()))
+
+
+cdef object linear_of_tensors(fastseq_linear_forward* call, DLTensor* x, int threads, input, residual, int activation,
+                       double dropout_p, seed, bint save):
+    """(output, pre-activation or None) of a described call."""
+    cdef int status, i, dtype = x.dtype.bits == 64
+    cdef int64_t outputs = call.shape.outputs
     # A tensor like one that is there costs half of one from sizes; it need not be dense, though, if that is not.
     if outputs == x.shape[x.ndim - 1] and call.x.row_stride == outputs:
         output = empty_like(input)
@@ -141,15 +135,97 @@ def plain_linear(int threads, input, weight, bias, int activation, residual):
         output = empty_like(residual)
     else:
         output = input.new_empty([x.shape[i] for i in range(x.ndim - 1)] + [outputs])
-    set_linear_shape(&call.shape, rows, w.shape[1], outputs, activation, 0, None, threads)
-    call.x.row_stride = call.x.row_stride if rows > 1 else w.shape[1]
+    z = input.new_empty((call.shape.rows, outputs)) if save else None
+    set_linear_shape(&call.shape, call.shape.rows, call.shape.inputs, outputs, activation, dropout_p, seed, threads)
     call.output.data = address(output)
     call.output.row_stride = outputs
-    call.weight = start(&w)
-    call.pre_activation = NULL
-    dtype = x.dtype.bits == 64
+    call.pre_activation = address(z)
     with nogil:
-        status = active.linear_forward[dtype](&call)
+        status = active.linear_forward[dtype](call)
     if status:
         raise MemoryError("linear_forward: no memory for the kernel's workspace")
-    return output
+    return output, z
+
+
+def plain_linear(int threads, input, weight, bias, int activation, residual):
+    """dropout-free linear without gradients: the output.
+
+    False when only gradients stand in the way; None when anything else is not as plain as that, or wrong: the caller's
+    general way then finds out what and says so.
+    """
+    cdef fastseq_linear_forward call
+    cdef DLTensor x
+    if not describe_linear(&call, &x, input, weight, bias, residual):
+        return None
+    if is_grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+                              or (residual is not None and residual.requires_grad)):
+        return False
+    return linear_of_tensors(&call, &x, threads, input, residual, activation, 0.0, None, False)[0]
+
+
+def dense_linear_forward(int threads, input, weight, bias, residual, int activation, double dropout_p, seed, bint save):
+    """(output, pre-activation or None); None where a tensor would have to be copied first."""
+    cdef fastseq_linear_forward call
+    cdef DLTensor x
+    if not describe_linear(&call, &x, input, weight, bias, residual):
+        return None
+    return linear_of_tensors(&call, &x, threads, input, residual, activation, dropout_p, seed, save)
+
+
+def dense_linear_backward(int threads, grad_output, input, weight, saved, int activation, double dropout_p, seed, needs):
+    """(grad_input, grad_weight, grad_bias), None where not needed; None where a tensor would have to be copied first."""
+    cdef fastseq_linear_backward call
+    cdef DLTensor g, x, w, z
+    cdef fastseq_matrix matrix
+    cdef int64_t rows, other_rows
+    cdef int status, i, dtype
+    memset(&call, 0, sizeof(call))
+    if exchange == NULL or not describe_rows(grad_output, &g, &call.grad_output, &rows) or grad_output.is_neg():
+        return None
+    dtype = g.dtype.bits == 64
+    cdef int64_t outputs = g.shape[g.ndim - 1], inputs = 1  # with neither of the two, the bias is all that is asked for
+    if rows == 1:
+        call.grad_output.row_stride = outputs
+    if weight is not None:
+        if not describe(weight, &w, 2, g.dtype.bits) or w.shape[0] != outputs or weight.is_neg():
+            return None
+        inputs = w.shape[1]
+        call.weight = start(&w)
+    if input is not None:
+        if (not describe_rows(input, &x, &call.x, &other_rows) or other_rows != rows or x.dtype.bits != g.dtype.bits
+                or input.is_neg()):
+            return None
+        inputs = x.shape[x.ndim - 1]
+        if rows == 1:
+            call.x.row_stride = inputs
+    if saved is not None:
+        # A ReLU's output stands in for the pre-activation.
+        if (not describe_rows(saved, &z, &matrix, &other_rows) or other_rows != rows or z.shape[z.ndim - 1] != outputs
+                or z.dtype.bits != g.dtype.bits or (rows > 1 and matrix.row_stride != outputs) or saved.is_neg()):
+            return None
+        call.pre_activation = start(&z)
+    grad_input = grad_weight = grad_bias = None
+    if needs[0]:
+        # Gradients are dense; so is a tensor like a dense one.
+        if input is not None and call.x.row_stride == inputs:
+            grad_input = empty_like(input)
+        else:
+            grad_input = grad_output.new_empty([g.shape[i] for i in range(g.ndim - 1)] + [inputs])
+    if needs[1]:
+        grad_weight = grad_output.new_empty((outputs, inputs)) if weight is None else empty_like(weight)
+    if needs[2]:
+        grad_bias = grad_output.new_empty((outputs,))
+    set_linear_shape(&call.shape, rows, inputs, outputs, activation, dropout_p, seed, threads)
+    call.grad_x.data = address(grad_input)
+    call.grad_x.row_stride = inputs
+    call.grad_weight = address(grad_weight)
+    call.grad_bias = address(grad_bias)
+    if grad_weight is None:
+        call.x.data = NULL
+    if grad_input is None:
+        call.weight = NULL
+    with nogil:
+        status = active.linear_backward[dtype](&call)
+    if status:
+        raise MemoryError("linear_backward: no memory for the kernel's workspace")
+    return grad_input, grad_weight, grad_bias

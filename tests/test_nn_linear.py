@@ -154,7 +154,7 @@ def test_export_and_trace_and_script() -> None:
     assert "aten::linear" in str(traced.graph)
 
 
-def test_inference_goes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_calls_go_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Straight to the kernels' own checks, except where something else has to be asked first."""
     _, ours = pair(4, 3)
     x = torch.randn(2, 4, dtype=torch.float64)
@@ -171,8 +171,11 @@ def test_inference_goes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(general) == 1, "strides that need a copy"
         ours(x.expand(3, 2, 4))
         assert len(general) == 2, "rows at no one distance"
-    ours(x)
-    assert len(general) == 3, "gradients"
+    ours(x).sum().backward()
+    ours(wide[:, :4].requires_grad_()).sum().backward()
+    assert len(general) == 2, "gradients are no obstacle"
+    fastseq.functional.linear(x, ours.weight, ours.bias, dropout_p=0.5)
+    assert len(general) == 3, "dropout"
 
 
 def test_errors_are_torchs() -> None:

@@ -30,6 +30,8 @@ struct AttentionBackward {
     T* grad_value;       // [Ev panels][key_block][W]
     T* key_copy;         // [key_block][copied_stride(E)] or NULL
     T* value_copy;       // [key_block][copied_stride(Ev)] or NULL
+    T* key_tiles;        // of the block, unless there is one panel only
+    T* value_tiles;
   };
 
   const fastseq_attention_backward& call;
@@ -123,6 +125,10 @@ struct AttentionBackward {
         b.key_copy = arena.take<T>(key_block * copied_stride<T>(sizes.key_size));
       if (needs_copy<T>(shape, call.value, sizes.value_size))
         b.value_copy = arena.take<T>(key_block * copied_stride<T>(sizes.value_size));
+      if (panels >= panels_worth_tiles) {
+        b.key_tiles = arena.take<T>(RowBlock<T>::tiles_size(key_block, sizes.key_size));
+        b.value_tiles = arena.take<T>(RowBlock<T>::tiles_size(key_block, sizes.value_size));
+      }
       if (buffers) buffers[i] = b;
     }
     return table;
@@ -189,10 +195,11 @@ struct AttentionBackward {
     Range queries = sizes.seen_from(span, seen.begin, seen.end - 1);
     if (queries.count() <= 0) return false;
     enter_phase(Phase::pack);
+    Range used{keys.begin, minimum(keys.end, span.keys)};
     RowBlock<T> key_block_rows =
-        key_rows<T>(shape, call.key, span, batch, kv_head, keys_in_use(keys, span), sizes.key_size, b.key_copy);
+        key_rows<T>(shape, call.key, span, batch, kv_head, used, sizes.key_size, b.key_copy, b.key_tiles);
     RowBlock<T> value_block_rows =
-        key_rows<T>(shape, call.value, span, batch, kv_head, keys_in_use(keys, span), sizes.value_size, b.value_copy);
+        key_rows<T>(shape, call.value, span, batch, kv_head, used, sizes.value_size, b.value_copy, b.value_tiles);
     memset(b.grad_key, 0, (size_t)(key_panels * key_block * W) * sizeof(T));
     memset(b.grad_value, 0, (size_t)(value_panels * key_block * W) * sizeof(T));
     int64_t last_panel = (queries.end - 1) / W + 1;
@@ -204,9 +211,6 @@ struct AttentionBackward {
       add_key_gradients(b, span, batch, head, first, count, parts, keys);
     }
     return true;
-  }
-  static FS_INLINE Range keys_in_use(Range keys, const SequenceSpan& span) {
-    return {keys.begin, minimum(keys.end, span.keys)};
   }
 
   // One panel against one block of keys: weights and score gradients into buffer i, its share of dQ and dbias. The keys
@@ -227,8 +231,7 @@ struct AttentionBackward {
     RowBlock<T> values = value_block_rows.from(skipped);
     enter_phase(Phase::values);
     for (T& value : unused) value = 0;
-    multiply_rows(values.data, values.stride, part.count(), b.head.grad_output + p * sizes.value_size * W, sizes.value_size,
-                  grad_scores, unused);
+    multiply_rows(values, part.count(), b.head.grad_output + p * sizes.value_size * W, sizes.value_size, grad_scores, unused);
     enter_phase(Phase::score_gradient);
     score_gradients(b, p, part, weights, grad_scores);
     if (call.grad_bias.data) {

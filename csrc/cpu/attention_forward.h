@@ -74,6 +74,7 @@ struct AttentionForward {
     T* scores;                      // [key_block][W]
     T* key_copy;                    // [key_block][copied_stride(E)] or NULL
     T* value_copy;                  // [key_block][copied_stride(Ev)] or NULL
+    T* key_tiles;                   // of a block
     PanelScores<T>* lane_scores;    // [panels]
     PanelDropout<T>* lane_dropout;  // [panels]
     RunningSoftmax<T>* softmax;     // [panels]
@@ -138,6 +139,7 @@ struct AttentionForward {
       b.scores = arena.take<T>(key_block * W);
       if (copies_keys) b.key_copy = arena.take<T>(key_block * copied_stride<T>(sizes.key_size));
       if (copies_values) b.value_copy = arena.take<T>(key_block * copied_stride<T>(sizes.value_size));
+      if (piece_panels >= panels_worth_tiles) b.key_tiles = arena.take<T>(RowBlock<T>::tiles_size(key_block, sizes.key_size));
       b.lane_scores = arena.take<PanelScores<T>>(piece_panels);
       b.lane_dropout = arena.take<PanelDropout<T>>(piece_panels);
       b.softmax = arena.take<RunningSoftmax<T>>(piece_panels);
@@ -237,11 +239,12 @@ struct AttentionForward {
   template <class Visit>
   FS_INLINE void for_each_block(Buffers& b, const Piece& piece, bool with_values, Visit visit) {
     alignas(64) T largest[W];
+    T* tiles = piece.panels >= panels_worth_tiles ? b.key_tiles : nullptr;
     for (int64_t begin = piece.keys.begin; begin < piece.keys.end; begin += key_block) {
       Range block{begin, minimum(begin + key_block, piece.keys.end)};
-      if (b.key_copy || b.value_copy) enter_phase(Phase::pack);
+      if (tiles || b.key_copy || b.value_copy) enter_phase(Phase::pack);
       RowBlock<T> keys =
-          key_rows<T>(shape, call.key, *piece.span, piece.batch, piece.kv_head, block, sizes.key_size, b.key_copy);
+          key_rows<T>(shape, call.key, *piece.span, piece.batch, piece.kv_head, block, sizes.key_size, b.key_copy, tiles);
       RowBlock<T> values{};
       if (with_values)
         values = key_rows<T>(shape, call.value, *piece.span, piece.batch, piece.kv_head, block, sizes.value_size, b.value_copy);

@@ -218,7 +218,7 @@ FS_INLINE BlockKind score_block(const PanelScores<T>& lane_scores, const T* quer
   bool in_window = lane_scores.all_in_window(keys);
   store(largest, negative_infinity<T>());
   store(largest + lanes<T>, negative_infinity<T>());
-  multiply_rows(key_rows.data, key_rows.stride, keys.count(), query_panel, sizes.key_size, scores, largest);
+  multiply_rows(key_rows, keys.count(), query_panel, sizes.key_size, scores, largest);
   bool partial = !in_window || seen == Seen::some;
   if (partial || !sizes.plain_scores()) {
     enter_phase(Phase::mask);

@@ -189,14 +189,11 @@ FS_INLINE void unpack_lanes(const T* panel /* [depth][panel_width] */, int64_t d
   }
 }
 
-// Rows of keys or values: as they lie, or copied together where they are pages or lie so far apart that the rows of a tile
-// would share a few cache sets.
-template <class T>
-struct RowBlock {
-  const T* data;
-  int64_t stride;
-  FS_INLINE RowBlock from(int64_t row) const { return {data + row * stride, stride}; }
-};
+// Panels that have to read a block of keys before tiles of it pay (RowBlock::tiles).
+inline constexpr int64_t panels_worth_tiles = 2;
+
+// Rows of keys or values are read as they lie, or copied together where they are pages or lie so far apart that the rows of
+// a tile would share a few cache sets.
 template <class T>
 FS_INLINE bool needs_copy(const fastseq_attention_shape& shape, const fastseq_heads& tensor, int64_t size) {
   constexpr int64_t slack = 256 / (int64_t)sizeof(T);
@@ -218,12 +215,19 @@ FS_INLINE const T* key_row(const fastseq_attention_shape& shape, const fastseq_h
 template <class T>
 FS_INLINE RowBlock<T> key_rows(const fastseq_attention_shape& shape, const fastseq_heads& tensor, const SequenceSpan& span,
                                int64_t batch, int64_t head, Range keys, int64_t size,
-                               T* copy /* [key_block][copied_stride] or NULL */) {
-  if (!copy) return {key_row<T>(shape, tensor, span, batch, head, keys.begin), tensor.row_stride};
-  int64_t stride = copied_stride<T>(size);
-  for (int64_t key = keys.begin; key < keys.end; ++key)
-    memcpy(copy + (key - keys.begin) * stride, key_row<T>(shape, tensor, span, batch, head, key), (size_t)size * sizeof(T));
-  return {copy, stride};
+                               T* copy /* [key_block][copied_stride] or NULL */,
+                               T* tiles = nullptr /* [tiles_size] or NULL: not wanted */) {
+  RowBlock<T> block{copy, copied_stride<T>(size)};
+  if (!copy) {
+    block.data = key_row<T>(shape, tensor, span, batch, head, keys.begin);
+    block.stride = tensor.row_stride;
+  } else {
+    for (int64_t key = keys.begin; key < keys.end; ++key)
+      memcpy(copy + (key - keys.begin) * block.stride, key_row<T>(shape, tensor, span, batch, head, key),
+             (size_t)size * sizeof(T));
+  }
+  if (tiles) block.pack(keys.count(), size, tiles);
+  return block;
 }
 
 }  // namespace

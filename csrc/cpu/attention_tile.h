@@ -2,13 +2,50 @@
 //
 // Lanes are query rows throughout. That makes every operand of forward one of two kinds: a panel [k][panel_width] of lanes
 // (queries transposed, or the weights that the softmax has just written), and keys or values read element by element from
-// the user's memory, whatever its strides. Nothing of K or V is ever re-laid, and maxima and sums over keys run down rows.
+// the user's memory, whatever its strides. Maxima and sums over keys run down rows. Only rows that are multiplied along
+// themselves by several panels are re-laid, a block at a time (RowBlock).
 #pragma once
 
 #include "gemm.h"
 
 namespace fastseq::FS_ISA {
 namespace {
+
+// Rows of a matrix as they lie. Where enough panels read them, once more in the order of a tile of products: its FS_TILE_ROWS
+// rows side by side, [tile][size][FS_TILE_ROWS]. A tile then reads one stream instead of one per row.
+template <class T>
+struct RowBlock {
+  const T* data;
+  int64_t stride;
+  const T* tiles = nullptr;  // or NULL
+  int64_t size = 0;          // elements of a row, where there are tiles
+  int64_t first = 0;         // place of the first row in the tiles
+
+  FS_INLINE RowBlock from(int64_t row) const { return {data + row * stride, stride, tiles, size, first + row}; }
+
+  // Elements of the tiles of so many rows; the last store reaches past them.
+  static constexpr int64_t tiles_size(int64_t rows, int64_t row_size) {
+    return round_up(rows, FS_TILE_ROWS) * row_size + lanes<T>;
+  }
+  FS_NOINLINE void pack(int64_t rows, int64_t row_size, T* target /* [tiles_size] */) {
+    constexpr int64_t L = lanes<T>, R = FS_TILE_ROWS;
+    tiles = target;
+    size = row_size;
+    for (int64_t tile = 0; tile < rows; tile += R, target += R * size)
+      for (int64_t k = 0; k < size; k += L) {
+        int64_t count = minimum(L, size - k);
+        // A store may reach into the next k: the parts of a tile go from the last to the first, which then repairs that.
+        for (int64_t part = (R - 1) / L * L; part >= 0; part -= L) {
+          Vec<T> block[L];
+          for (int j = 0; j < L; ++j)
+            block[j] =
+                part + j < R && tile + part + j < rows ? load_partial(data + (tile + part + j) * stride + k, count) : Vec<T>{};
+          transpose<T>(block);
+          for (int64_t j = 0; j < count; ++j) store(target + (k + j) * R + part, block[j]);
+        }
+      }
+  }
+};
 
 // sum[r] += A[r][k] * panel[k] with A's rows a run-time stride apart, the panel's rows panel_stride apart. Every third row has a pointer; the x86 address modes
 // (base + 1, 2, 4, 8 strides) reach the others from those, so that the pointers fit into registers.
@@ -79,22 +116,38 @@ FS_INLINE void accumulate_columns(const T* a /* [depth][R] */, int64_t a_stride,
   if (depth % 2) turn();
 }
 
-// c[R][panel_width] = A * panel, and the largest value per lane joins `largest`.
+// c[R][panel_width] = sums, and the largest value per lane joins `largest`; a NaN does not take part.
 template <class T, int R>
-FS_NOINLINE void product_tile(const T* a, int64_t a_stride, const T* panel, int64_t depth, T* c,
-                              T* largest /* [panel_width] */) {
+FS_INLINE void store_products(const Vec<T> (&sum)[R][2], T* c, T* largest /* [panel_width] */) {
+  constexpr int chains = 3;  // one maximum after the other would wait for itself
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    Vec<T> top[chains];
+#pragma GCC unroll 4
+    for (int i = 0; i < chains; ++i) top[i] = load(largest + half * lanes<T>);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      store(c + r * panel_width<T> + half * lanes<T>, sum[r][half]);
+      top[r % chains] = at_least(top[r % chains], sum[r][half]);
+    }
+    store(largest + half * lanes<T>, at_least(at_least(top[0], top[1]), top[2]));
+  }
+}
+
+// c[R][panel_width] = A * panel for A's rows as they lie.
+template <class T, int R>
+FS_NOINLINE void product_tile(const T* a, int64_t a_stride, const T* panel, int64_t depth, T* c, T* largest) {
   Vec<T> sum[R][2] = {};
   accumulate_rows<T, R>(a, a_stride, panel, panel_width<T>, depth, sum);
-  Vec<T> top0 = load(largest), top1 = load(largest + lanes<T>);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    store(c + r * panel_width<T>, sum[r][0]);
-    store(c + r * panel_width<T> + lanes<T>, sum[r][1]);
-    top0 = at_least(top0, sum[r][0]);  // a NaN does not take part
-    top1 = at_least(top1, sum[r][1]);
-  }
-  store(largest, top0);
-  store(largest + lanes<T>, top1);
+  store_products<T, R>(sum, c, largest);
+}
+
+// The same for rows side by side, A [depth][FS_TILE_ROWS].
+template <class T, int R>
+FS_NOINLINE void interleaved_product_tile(const T* a, const T* panel, int64_t depth, T* c, T* largest) {
+  Vec<T> sum[R][2] = {};
+  accumulate_columns<T, R>(a, FS_TILE_ROWS, panel, panel_width<T>, depth, sum);
+  store_products<T, R>(sum, c, largest);
 }
 
 // c[R][panel_width] = A^T * panel + c * factor; a NULL factor stands for zero: c is only written.
@@ -147,6 +200,11 @@ struct ProductTiles {
   static constexpr Function table[] = {product_tile<T, Rows + 1>...};
 };
 template <class T, int... Rows>
+struct InterleavedProductTiles {
+  using Function = void (*)(const T*, const T*, int64_t, T*, T*);
+  static constexpr Function table[] = {interleaved_product_tile<T, Rows + 1>...};
+};
+template <class T, int... Rows>
 struct WeightedTiles {
   using Function = void (*)(const T*, int64_t, const T*, int64_t, int64_t, T*, const T*);
   static constexpr Function table[] = {weighted_tile<T, Rows + 1>...};
@@ -164,15 +222,24 @@ FS_INLINE constexpr auto* tile_table() {
     return tile_table<Tiles, T, Count - 1, Count - 1, Rows...>();
 }
 
-// c[rows][panel_width] = A[rows][depth] * panel; largest[panel_width] takes part in the maximum and is updated.
+// c[rows][panel_width] = the block's rows [rows][depth] * panel; largest[panel_width] takes part in the maximum and is updated.
 template <class T>
-FS_INLINE void multiply_rows(const T* a, int64_t a_stride, int64_t rows, const T* panel, int64_t depth, T* c, T* largest) {
+FS_INLINE void multiply_rows(RowBlock<T> block, int64_t rows, const T* panel, int64_t depth, T* c, T* largest) {
+  if (block.tiles) {
+    for (int64_t done = 0, count; done < rows; done += count) {
+      int64_t row = block.first + done, place = row % FS_TILE_ROWS;
+      count = minimum(FS_TILE_ROWS - place, rows - done);
+      const T* tile = block.tiles + row / FS_TILE_ROWS * FS_TILE_ROWS * block.size + place;
+      tile_table<InterleavedProductTiles, T, FS_TILE_ROWS>()[count - 1](tile, panel, depth, c + done * panel_width<T>, largest);
+    }
+    return;
+  }
   int64_t tiles = tile_count(rows);
   EvenSplit split_rows(rows, tiles);
   for (int64_t i = 0; i < tiles; ++i) {
     Range part = split_rows.part(i);
-    tile_table<ProductTiles, T, FS_TILE_ROWS>()[part.count() - 1](a + part.begin * a_stride, a_stride, panel, depth,
-                                                                  c + part.begin * panel_width<T>, largest);
+    tile_table<ProductTiles, T, FS_TILE_ROWS>()[part.count() - 1](block.data + part.begin * block.stride, block.stride, panel,
+                                                                  depth, c + part.begin * panel_width<T>, largest);
   }
 }
 

@@ -36,11 +36,13 @@ struct LayerSizes {
     int64_t weight_bytes = Cell::gates * hidden * (input + output) * (int64_t)sizeof(T);
     return weight_bytes <= (16 << 20) ? 128 : 256;
   }
-  // A call that is over in microseconds ends before a sleeping thread has been woken.
+  // A call that is over in microseconds ends before a sleeping thread has been woken, and a step that small before two threads
+  // have met at its barrier. Where each thread has a direction of its own there is no barrier.
   int useful_threads(int threads) const {
-    constexpr int64_t single_thread_flops = 1 << 20;
+    constexpr int64_t single_thread_flops = 1 << 20, single_thread_step_flops = 80000;
     int64_t flops = 2 * rows * directions * Cell::gates * hidden * (input + output);
-    return flops < single_thread_flops ? 1 : threads;
+    bool meets_often = directions == 1 && flops < steps * single_thread_step_flops;
+    return flops < single_thread_flops || meets_often ? 1 : threads;
   }
   // Elements per row of the slot array. The pad keeps the rows of a tile out of each other's cache sets when the slots make
   // up a power of two.

@@ -251,10 +251,10 @@ class _Linear(torch.autograd.Function):
 def plain_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: int, residual: Tensor | None
 ) -> Tensor | None:
-    """The most common inference call, checked and run by the kernels' side in one go.
+    """The most common call, checked and, in inference, run by the kernels' side in one go.
 
-    No dropout, no gradients, nobody watching, a residual in the output's shape. ``None`` whenever
-    the call is not as plain as that or its arguments do not fit.
+    No dropout, nobody watching, a residual in the output's shape. ``None`` whenever the call is
+    not as plain as that or its arguments do not fit.
     """
     # One test after the other without a function around them: together they are what the call has
     # to spend. The kernels' side looks at the tensors.
@@ -270,7 +270,9 @@ def plain_linear(
         or _config._backend != "cpu"
     ):
         return None
-    result: Tensor | None = _cpu().plain_linear(input, weight, bias, activation, residual)
+    result: Any = _cpu().plain_linear(input, weight, bias, activation, residual)
+    if result is False:  # for the gradients alone
+        result = _Linear.apply(input, weight, bias, residual, None, activation, 0.0)
     return result
 
 

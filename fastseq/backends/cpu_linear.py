@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,19 @@ _kernels = _config.extension()
 _forward = _kernels.linear_forward
 _backward = _kernels.linear_backward
 _plain = _kernels.plain_linear
+_dense_forward = _kernels.dense_linear_forward
+_dense_backward = _kernels.dense_linear_backward
 _threads = torch.get_num_threads
 assert _cpu is not None
 
 
 def plain_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: int, residual: Tensor | None
-) -> Tensor | None:
-    """A call without dropout, checked and run in one go; ``None`` where it is not so plain."""
+) -> Any:
+    """A call without dropout, checked and run in one go; ``None`` where it is not so plain.
+
+    ``False`` where that is for the gradients alone.
+    """
     return _plain(_threads(), input, weight, bias, activation, residual)
 
 
@@ -68,10 +74,16 @@ def linear_forward(
     Arguments as for :func:`fastseq.backends.reference_linear.linear`. The derivative of a ReLU is
     read off the output where there is no residual.
     """
+    save = save and activation != NONE and (activation != RELU or residual is not None)
+    if _config.fused_everywhere:
+        results: tuple[Tensor, Tensor | None] | None = _dense_forward(
+            _threads(), input, weight, bias, residual, activation, dropout_p, seed, save
+        )
+        if results is not None:
+            return results
     outputs, features = weight.shape
     batch = input.shape[:-1]
     rows = math.prod(batch)
-    save = save and activation != NONE and (activation != RELU or residual is not None)
     if not _products.fused("forward", input.dtype, rows, features, outputs):
         z = torch.nn.functional.linear(input, weight, bias)
         keep = _keep_like(z, seed, dropout_p)
@@ -112,6 +124,12 @@ def linear_backward(
 
     ``saved`` is what :func:`linear_forward` returned, or a ReLU's output in its place.
     """
+    if _config.fused_everywhere:
+        grads: tuple[Tensor | None, Tensor | None, Tensor | None] | None = _dense_backward(
+            _threads(), grad_output, input, weight, saved, activation, dropout_p, seed, needs
+        )
+        if grads is not None:
+            return grads
     *batch, outputs = grad_output.shape
     rows = math.prod(batch)
     # With neither of the two the bias is all that is asked for.
