@@ -33,21 +33,22 @@ _LARGE = 1 << 18
 _DTYPES = (torch.float32, torch.float64)
 _WEIGHTS = ((256, 256), (2048, 512))
 _ROWS = (1, 8, 64, 1024)
-_ROUNDS, _SAMPLE_SECONDS = 7, 0.005
+_ROUNDS, _SAMPLE_SECONDS = 31, 0.01
 # How much faster torch's product must be to be chosen.
 _GAIN = 1.03
 
 _table: dict[str, str] | None = None
 
 
-def _class(direction: str, dtype: torch.dtype, rows: int, elements: int) -> str:
+def _class(training: bool, dtype: torch.dtype, rows: int, elements: int) -> str:
     block = "1" if rows == 1 else "2-15" if rows < 16 else "16-255" if rows < 256 else "256-"
     name = "float64" if dtype is torch.float64 else "float32"
-    return f"{direction} {name} rows {block} {'large' if elements >= _LARGE else 'small'}"
+    size = "large" if elements >= _LARGE else "small"
+    return f"{'training' if training else 'inference'} {name} rows {block} {size}"
 
 
-def fused(direction: str, dtype: torch.dtype, rows: int, features: int, outputs: int) -> bool:
-    """Whether the kernels' product is to run, ``direction`` being "forward" or "backward"."""
+def fused(training: bool, dtype: torch.dtype, rows: int, outputs: int, features: int) -> bool:
+    """Whether the kernels' product is to run: forward and backward, or forward alone."""
     if not (rows and features and outputs):
         return False  # nothing to multiply: torch fills in the zeros
     if _config.fused_everywhere:
@@ -56,7 +57,7 @@ def fused(direction: str, dtype: torch.dtype, rows: int, features: int, outputs:
     if choice == "auto":
         torchs = _torchs()
         if torchs:
-            return _class(direction, dtype, rows, features * outputs) not in torchs
+            return _class(training, dtype, rows, features * outputs) not in torchs
         choice = "fused"
     _config.fused_everywhere = choice == "fused"
     return _config.fused_everywhere
@@ -107,7 +108,7 @@ def tune() -> dict[str, tuple[float, float]]:
     path = table_path()
     if path is None:
         raise OSError("no home directory to write the table to; set XDG_CACHE_HOME")
-    times = {name: _medians(call) for name, call in _calls()}
+    times = {name: _compared(call) for name, call in _calls()}
     products = {name: winner(*seconds) for name, seconds in times.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"build": _build(), "products": products}, indent=1) + "\n")
@@ -122,29 +123,41 @@ def winner(ours: float, theirs: float) -> str:
 
 
 def _calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every class with a call that falls into it."""
-    from fastseq.backends import cpu_linear
+    """Every class with a call that falls into it, as a user makes it."""
+    from fastseq.functional import linear
+
+    def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        with torch.no_grad():
+            linear(x, weight, bias)
+
+    def both(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        torch.autograd.grad(linear(x, weight, bias), (x, weight, bias), grad)
 
     for dtype, (outputs, features), rows in itertools.product(_DTYPES, _WEIGHTS, _ROWS):
-        weight = torch.randn(outputs, features, dtype=dtype)
-        input, grad = torch.randn(rows, features).to(dtype), torch.randn(rows, outputs).to(dtype)
-        needs = (True, True, False)
-        forward = partial(cpu_linear.linear_forward, input, weight, None, None, None, 0, 0.0, False)
-        backward = partial(
-            cpu_linear.linear_backward, grad, input, weight, None, None, 0, 0.0, needs
-        )
-        for direction, call in (("forward", forward), ("backward", backward)):
-            yield _class(direction, dtype, rows, outputs * features), call
+        shapes = ((rows, features), (outputs, features), (outputs,))
+        arguments = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+        grad = torch.randn(rows, outputs, dtype=dtype)
+        for training, call in ((False, forward), (True, partial(both, grad))):
+            yield _class(training, dtype, rows, outputs * features), partial(call, *arguments)
 
 
-def _medians(call: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds with the kernels' product and with torch's, taken in turn."""
+def _compared(call: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds with the kernels' product and with torch's.
+
+    The first is a median; the second differs from it by the median ratio of samples taken one
+    right after the other, which a machine that changes its speed in between does not mislead.
+    """
     seconds: dict[str, list[float]] = {"fused": [], "torch": []}
+    for product in seconds:  # the first call finds out more than it computes
+        with _config.linear_product(product):
+            call()
     start = time.perf_counter()
     call()
     repeats = max(1, int(_SAMPLE_SECONDS / (time.perf_counter() - start)))
-    for _ in range(_ROUNDS):
-        for product, found in seconds.items():
+    for turn in range(_ROUNDS):
+        for product in sorted(seconds, reverse=bool(turn % 2)):
             with _config.linear_product(product):
-                found.append(timeit.timeit(call, number=repeats) / repeats)
-    return statistics.median(seconds["fused"]), statistics.median(seconds["torch"])
+                seconds[product].append(timeit.timeit(call, number=repeats) / repeats)
+    ratios = (ours / theirs for ours, theirs in zip(*seconds.values(), strict=True))
+    ours = statistics.median(seconds["fused"])
+    return ours, ours / statistics.median(ratios)

@@ -32,7 +32,7 @@ def _own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The directions in which the kernels ran."""
     seen: list[str] = []
-    for name in ("_forward", "_backward"):
+    for name in ("_dense_forward", "_dense_backward"):
         inner = getattr(cpu_linear, name)
         monkeypatch.setattr(
             cpu_linear, name, lambda *a, inner=inner, name=name: seen.append(name) or inner(*a)
@@ -55,14 +55,14 @@ def write_table(torchs: list[str], **build: str) -> None:
 
 def test_the_kernels_are_the_default(kernels: list[str]) -> None:
     train()
-    assert kernels == ["_forward", "_backward"]
+    assert kernels == ["_dense_forward", "_dense_backward"]
     assert _config.fused_everywhere
 
 
 @pytest.mark.parametrize("product", ["torch", "fused"])
 def test_environment(product: str, kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTSEQ_LINEAR", product)
-    write_table(["backward float32 rows 2-15 small"])
+    write_table(["training float32 rows 2-15 small"])
     train()
     assert len(kernels) == (2 if product == "fused" else 0)
 
@@ -101,28 +101,47 @@ def test_inference_obeys_too(kernels: list[str]) -> None:
 
 
 def test_the_table_decides_by_class(kernels: list[str]) -> None:
-    write_table(["backward float32 rows 2-15 small", "forward float32 rows 1 small"])
+    write_table(["training float32 rows 2-15 small", "inference float32 rows 1 small"])
     train(rows=3)
-    assert kernels == ["_forward"]
+    assert not kernels
     train(rows=1)
-    assert kernels == ["_forward", "_backward"]
     train(rows=16)
-    assert kernels == ["_forward", "_backward", "_forward", "_backward"]
+    assert kernels == ["_dense_forward", "_dense_backward"] * 2
+
+
+def test_where_torchs_product_runs_nothing_stands_before_it(kernels: list[str]) -> None:
+    """Gradients are torch's own; what does not fit together is still found by the checks."""
+    write_table(["training float32 rows 2-15 small"])
+    x, weight, bias = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True), torch.randn(5)
+    residual = torch.randn(3, 5)
+    plain = functional.linear(x, weight, bias)
+    assert type(plain.grad_fn) is type(F.linear(x, weight, bias).grad_fn)
+    added = functional.linear(x, weight, bias, None, residual)
+    torch.testing.assert_close(added, F.linear(x, weight, bias) + residual)
+    with torch.no_grad():
+        ours = functional.linear(x, weight, bias)
+    assert not kernels, "the short way"
+    torch.testing.assert_close(ours, F.linear(x, weight, bias))
+    with pytest.raises(RuntimeError, match=r"input must have the features of weight: expected 4"):
+        functional.linear(torch.randn(3, 3), weight)
+    with pytest.raises(RuntimeError, match="weight must have the dtype of input"):
+        functional.linear(x.double(), weight)
 
 
 def test_classes() -> None:
     def name(rows: int, elements: int = 1, dtype: torch.dtype = torch.float32) -> str:
-        return _products._class("forward", dtype, rows, elements)
+        return _products._class(False, dtype, rows, elements)
 
     found = [name(rows) for rows in (1, 2, 15, 16, 255, 256, 10**6)]
     blocks = ["1", "2-15", "2-15", "16-255", "16-255", "256-", "256-"]
-    assert found == [f"forward float32 rows {block} small" for block in blocks]
-    assert name(1, 512 * 512) == "forward float32 rows 1 large"
-    assert name(1, dtype=torch.float64) == "forward float64 rows 1 small"
+    assert found == [f"inference float32 rows {block} small" for block in blocks]
+    assert name(1, 512 * 512) == "inference float32 rows 1 large"
+    assert _products._class(True, torch.float32, 1, 1) == "training float32 rows 1 small"
+    assert name(1, dtype=torch.float64) == "inference float64 rows 1 small"
 
 
 def test_the_table_of_another_build_says_nothing(kernels: list[str]) -> None:
-    write_table(["forward float32 rows 2-15 small"], torch="0.1")
+    write_table(["training float32 rows 2-15 small"], torch="0.1")
     train()
     assert len(kernels) == 2
 
@@ -162,17 +181,17 @@ def test_tune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     monkeypatch.setattr(_products, "_GAIN", 0.0)
     assert info.main(["--tune"]) == 0
     printed = capsys.readouterr().out
-    assert "forward float32 rows 2-15 large" in printed
+    assert "inference float32 rows 2-15 large" in printed
     path = _products.table_path()
     assert path is not None
     assert str(path) in printed
     held = json.loads(path.read_text())
     assert len(held["products"]) == 2 * 2 * 2 * 2
     assert set(held["products"].values()) == {"torch"}
-    assert not _products.fused("forward", torch.float32, 8, 16, 16)
-    assert _products.fused("forward", torch.float32, 64, 16, 16), "not measured"
+    assert not _products.fused(False, torch.float32, 8, 16, 16)
+    assert _products.fused(False, torch.float32, 64, 16, 16), "not measured"
     with fastseq.linear_product("fused"):
-        assert _products.fused("forward", torch.float32, 8, 16, 16)
+        assert _products.fused(False, torch.float32, 8, 16, 16)
 
 
 def test_winner_needs_a_clear_gain() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad, profiler
 
-from fastseq import _config
+from fastseq import _config, _products
 from fastseq._linear import NONE, RELU
 from fastseq._ops.shared import (
     PLAIN_TYPES,
@@ -23,7 +23,7 @@ from fastseq._ops.shared import (
     or_empty,
     wants_composite,
 )
-from fastseq.backends import reference_linear
+from fastseq.backends import FUSED_DTYPES, reference_linear
 
 __all__ = ["linear", "plain_linear"]
 
@@ -260,7 +260,6 @@ def plain_linear(
     # to spend. The kernels' side looks at the tensors.
     if (
         _is_compiling()
-        or not _config.fused_everywhere
         or _dispatch_modes() > 0
         or profiler._is_profiler_enabled
         or _is_any_autocast_enabled()
@@ -270,10 +269,51 @@ def plain_linear(
         or _config._backend != "cpu"
     ):
         return None
+    if not _config.fused_everywhere and not _is_fused(input, weight, bias, residual):
+        return _torchs_linear(input, weight, bias, activation, residual)
     result: Any = _cpu().plain_linear(input, weight, bias, activation, residual)
     if result is False:  # for the gradients alone
         result = _Linear.apply(input, weight, bias, residual, None, activation, 0.0)
     return result
+
+
+def _is_fused(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Whether the kernels' product is to run on these tensors, should they fit together."""
+    if (
+        type(input) not in PLAIN_TYPES
+        or type(weight) not in PLAIN_TYPES
+        or not _are_plain(bias, residual)
+        or input.is_nested
+        or input.layout is not torch.strided
+        or input.dim() == 0
+        or weight.dim() != 2
+    ):
+        return True  # for others to judge
+    recorded = needs_gradient((input, weight, bias, residual))
+    return _products.fused(recorded, input.dtype, math.prod(input.shape[:-1]), *weight.shape)
+
+
+def _torchs_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: int, residual: Tensor | None
+) -> Tensor | None:
+    """Torch's own layer, gradients and all: nothing stands between the caller and torch.
+
+    ``None`` for anything that the general way has to look at.
+    """
+    outputs, features = weight.shape
+    if (
+        activation != NONE
+        or input.shape[-1] != features
+        or (bias is not None and bias.shape != (outputs,))
+        or (residual is not None and residual.shape != (*input.shape[:-1], outputs))
+        or input.dtype not in FUSED_DTYPES
+    ):
+        return None
+    for tensor in (input, weight, bias, residual):
+        if tensor is not None and (tensor.dtype is not input.dtype or not tensor.is_cpu):
+            return None
+    output = torch.nn.functional.linear(input, weight, bias)
+    return output if residual is None else output + residual
 
 
 def linear(

@@ -74,26 +74,26 @@ def linear_forward(
     Arguments as for :func:`fastseq.backends.reference_linear.linear`. The derivative of a ReLU is
     read off the output where there is no residual.
     """
-    save = save and activation != NONE and (activation != RELU or residual is not None)
-    if _config.fused_everywhere:
+    saves = save and activation != NONE and (activation != RELU or residual is not None)
+    batch = input.shape[:-1]
+    rows = math.prod(batch)
+    outputs, features = weight.shape
+    if _products.fused(save, input.dtype, rows, outputs, features):
         results: tuple[Tensor, Tensor | None] | None = _dense_forward(
-            _threads(), input, weight, bias, residual, activation, dropout_p, seed, save
+            _threads(), input, weight, bias, residual, activation, dropout_p, seed, saves
         )
         if results is not None:
             return results
-    outputs, features = weight.shape
-    batch = input.shape[:-1]
-    rows = math.prod(batch)
-    if not _products.fused("forward", input.dtype, rows, features, outputs):
+    else:
         z = torch.nn.functional.linear(input, weight, bias)
         keep = _keep_like(z, seed, dropout_p)
         output = reference_linear.activate(z, activation)
         output = reference_linear.drop(output, keep, dropout_p)
         if residual is not None:
             output.add_(residual)
-        return output, z.reshape(rows, outputs) if save else None
+        return output, z.reshape(rows, outputs) if saves else None
     output = input.new_empty((*batch, outputs))
-    saved = input.new_empty((rows, outputs)) if save else None
+    saved = input.new_empty((rows, outputs)) if saves else None
     _forward(
         1 if input.dtype is torch.float64 else 0,
         _threads(),
@@ -124,18 +124,18 @@ def linear_backward(
 
     ``saved`` is what :func:`linear_forward` returned, or a ReLU's output in its place.
     """
-    if _config.fused_everywhere:
-        grads: tuple[Tensor | None, Tensor | None, Tensor | None] | None = _dense_backward(
-            _threads(), grad_output, input, weight, saved, activation, dropout_p, seed, needs
-        )
-        if grads is not None:
-            return grads
     *batch, outputs = grad_output.shape
     rows = math.prod(batch)
     # With neither of the two the bias is all that is asked for.
     features = input.shape[-1] if input is not None else 1 if weight is None else weight.shape[1]
     dtype = grad_output.dtype
-    if not _products.fused("backward", dtype, rows, features, outputs):
+    if _products.fused(True, dtype, rows, outputs, features):
+        grads: tuple[Tensor | None, Tensor | None, Tensor | None] | None = _dense_backward(
+            _threads(), grad_output, input, weight, saved, activation, dropout_p, seed, needs
+        )
+        if grads is not None:
+            return grads
+    else:
         keep = _keep_like(grad_output, seed, dropout_p)
         z = None if saved is None else saved.view(grad_output.shape)
         return reference_linear.gradients(
