@@ -5,6 +5,8 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# The packages of one of pyproject's extras. Installing '.[lint]' itself would compile the extension a second time.
+EXTRA   = $(BIN)/python .ci/extra.py
 
 # What the compiled part depends on; a change in a plain .py file needs no new install.
 BUILD_INPUTS := pyproject.toml $(wildcard CMakeLists.txt) \
@@ -76,9 +78,9 @@ $(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.installed
-	$(PIP) install -e '.[test,bench]'
+	packages=$$($(EXTRA) bench) && $(PIP) install $$packages
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.installed
-	$(PIP) install -e '.[test,lint]'
+	packages=$$($(EXTRA) lint) && $(PIP) install $$packages
 	@touch $@

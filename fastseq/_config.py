@@ -211,17 +211,20 @@ def isa(name: str) -> Iterator[None]:
         kernels.set_isa(previous)
 
 
-def fma_peak_gflops(dtype: str = "float32", threads: int | None = None) -> float:
-    """Multiply-add peak of the chosen tier in GFLOP/s, measured now (about 0.2 s).
+def fma_peak_gflops(
+    dtype: str = "float32", threads: int | None = None, seconds: float = 0.2
+) -> float:
+    """Multiply-add peak of the chosen tier in GFLOP/s, measured now.
 
     Args:
         dtype: ``"float32"`` or ``"float64"``.
         threads: how many threads; default: as many as torch uses.
+        seconds: for how long to measure, about.
     """
     kernels = extension()
     if threads is None:
         threads = _threads()
-    return float(kernels.fma_gflops(("float32", "float64").index(dtype), threads, 0.2))
+    return float(kernels.fma_gflops(("float32", "float64").index(dtype), threads, seconds))
 
 
 def _threads() -> int:

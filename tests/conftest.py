@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# Which vector instructions torch's compiler may use is nothing that tests of fastseq depend on, and
+# it takes 20 seconds to find out, by compiling a program for each set.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 import pytest
 import torch

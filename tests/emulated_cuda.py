@@ -103,6 +103,7 @@ def kernels() -> Iterator[_cuda_library.Library]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cuda_library, "_found", (library, None))
         patch.setattr(recurrent, "_chosen", lambda _: (cuda, RESERVE_LAYOUT))
+        patch.setattr(recurrent, "_chosen_layout", lambda _: RESERVE_LAYOUT)
         patch.setattr(recurrent, "_of_layout", lambda *_: cuda)
         patch.setattr(attention, "_kernels", lambda _: cuda_attention)
         for name in ("plain_layer", "plain_attention"):  # the CPU kernels' own short cuts

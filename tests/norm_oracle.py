@@ -129,15 +129,22 @@ def torch_outputs(case: Case, leaves: dict[str, Tensor]) -> list[Tensor]:
     return [output, total] if case.return_sum else [output]
 
 
-def run(case: Case, library: str, dtype: torch.dtype, nudge: int = 0) -> dict[str, Tensor]:
-    """Every output and gradient of the case by name, in float64."""
-    leaves, generator = arguments(case, dtype, nudge)
+def run(
+    case: Case, library: str, dtype: torch.dtype, nudge: int = 0, *, drawn: Any = None
+) -> dict[str, Tensor]:
+    """Every output and gradient of the case by name, in float64.
+
+    ``drawn`` is what ``arguments`` returned, where it is needed more than once.
+    """
+    leaves, generator = drawn or arguments(case, dtype, nudge)
+    state = generator.get_state()
     call = fastseq_outputs if library == "fastseq" else torch_outputs
     outputs = call(case, leaves)
     cotangents = [
         torch.randn(output.shape, generator=generator, dtype=torch.float64).to(dtype)
         for output in outputs
     ]
+    generator.set_state(state)  # another run with these arguments has the same loss
     gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
     assert all(tensor.dtype is dtype for tensor in (*outputs, *gradients))
     results = dict(zip(("output", "sum"), outputs, strict=False))

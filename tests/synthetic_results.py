@@ -8,6 +8,7 @@ from typing import Any
 
 from fastseq.bench.attention_cases import AttentionOptions, make_attention_case
 from fastseq.bench.cases import AnyCase, CaseOptions, make_case
+from fastseq.bench.cell_cases import make_cell_case
 from fastseq.bench.transformer_cases import TransformerOptions, make_transformer_case
 
 PEERS = ("torch", "torch.compile", "onnxruntime")
@@ -63,6 +64,7 @@ def cases() -> list[AnyCase]:
             "encoder", "training", B=8, S=256, E=512, F=2048, heads=8, options=dropout
         )
     )
+    found += [make_cell_case("s_lstm", d, T=100, B=32, H=256) for d in DIRECTIONS]
     return found
 
 

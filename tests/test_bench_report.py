@@ -131,6 +131,16 @@ def test_heat_maps_show_every_ratio(page_text: str, document: dict[str, Any]) ->
     assert found == synthetic.speedups(document)
 
 
+def test_cells_have_tables_of_their_own(document: dict[str, Any]) -> None:
+    page = content.build([source(document)], {})
+    panels = [panel for panel in page.panels if panel.title.startswith("Recurrent layers")]
+    assert panels
+    for panel in panels:
+        (table,) = [drawn for drawn in panel.maps if drawn.title == "sLSTM"]
+        assert table.columns == ("inference", "training")
+        assert [label for label, _ in table.rows] == ["T100 B32 H256"]
+
+
 def test_losses_come_first_and_sorted(page_text: str, document: dict[str, Any]) -> None:
     rows = [cell for cell in Page(page_text).having("data-ratio") if not cell.get("class")]
     ratios = [float(row["data-ratio"] or 0) for row in rows]
@@ -302,8 +312,9 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Brows
         yield running
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize(
+    ("width", "dark"), [(360, False), (1280, True)], ids=["phone-light", "desktop-dark"]
+)
 def test_page_in_a_browser(
     chromium: browser.Browser,
     page_file: Path,

@@ -6,14 +6,16 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from kernels import HAS_EXTENSION
 from rich.console import Console
 
-from fastseq.bench import command, families, machine, peers, results, run_command, runner
+from fastseq.bench import caches, command, families, machine, peers, results, run_command, runner
 from fastseq.bench.cases import SUITES, make_case
 from fastseq.bench.display import Display, clock
 from fastseq.bench.gate import GateResult, TensorError
@@ -41,8 +43,10 @@ def one_line_error(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_two_cases_on_one_and_two_threads(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Emptying a cache of hundreds of MiB takes longer than all else here.
+    monkeypatch.setattr(caches, "last_level_bytes", lambda: 1 << 20)
     file = tmp_path / "out.json"
     before = torch.get_num_threads()
     assert run("--peer", "torch", "--threads", "1,2", "--cold", "--json", str(file)) == 0
@@ -210,6 +214,42 @@ def test_a_case_that_raises_does_not_end_the_run(
     assert not first.timings
     assert second.timings
     assert "failed 1 case: MemoryError: no room" in capsys.readouterr().out
+
+
+def test_a_case_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = families.family_of(SMALL)
+    slow = dataclasses.replace(family, check=lambda built: time.sleep(5))
+    monkeypatch.setattr(runner, "family_of", lambda case: slow)
+    monkeypatch.setattr(runner, "CASE_LIMIT_SECONDS", 0.05)
+    result = runner.run_case(SMALL, runner.Plan(peers=("torch",)))
+    assert result.raised == "DeadlineError: the case takes more than 0.05 s"
+    assert not result.timings
+
+
+def test_the_peak_is_that_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured between the turns of the peers, not once before them."""
+    rates = iter([100.0, 300.0, 200.0, *[250.0] * 99])
+    order: list[str] = []
+
+    def peak(dtype: str, seconds: float) -> float:
+        assert dtype == "float32"
+        assert seconds < 0.05
+        order.append("peak")
+        return next(rates)
+
+    def interleaved(calls: dict[str, Any], *, between: Any, **options: Any) -> dict[str, Any]:
+        between()
+        order.append("turn")
+        between()
+        order.append("turn")
+        between()
+        return {}
+
+    monkeypatch.setattr(runner, "fma_peak_gflops", peak)
+    monkeypatch.setattr(runner, "interleave", interleaved)
+    result = runner.run_case(SMALL, runner.Plan(peers=("torch",), probes=False))
+    assert order == ["peak", "turn", "peak", "turn", "peak"]
+    assert result.fma_peak_gflops == 200.0
 
 
 def test_interruption_keeps_what_is_done(

@@ -1,5 +1,6 @@
 """Timing of calls in turn: medians, percentiles, caches."""
 
+import contextlib
 import gc
 import time
 
@@ -7,6 +8,9 @@ import pytest
 import torch
 
 from fastseq.bench import caches
+from fastseq.bench import deadline as deadline_module
+from fastseq.bench import timing as timing_module
+from fastseq.bench.deadline import DeadlineError, deadline
 from fastseq.bench.timing import interleave, interleave_cold, percentile, summarize
 
 
@@ -79,6 +83,74 @@ def test_long_calls_are_their_own_samples() -> None:
     assert (timing.visits, timing.calls_per_visit) == (7, 1)
     assert timing.p50_s == timing.median_s
     assert timing.minimum_s >= 3e-3
+
+
+def test_a_limit_ends_what_would_take_long() -> None:
+    """Every call has its turn, but not as often as asked for."""
+    calls = {name: lambda: time.sleep(5e-3) for name in "ab"}
+    timings = interleave(calls, seconds=0, limit_seconds=0.015, settle_seconds=0)
+    assert {timing.visits for timing in timings.values()} == {2}
+    cold = interleave_cold(calls, lambda: None, seconds=9, limit_seconds=0, settle_seconds=0)
+    assert {timing.visits for timing in cold.values()} == {1}
+
+
+def test_the_trial_of_a_long_call_is_a_visit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing_module, "_SLOW_SECONDS", 1e-3)
+    monkeypatch.setattr(timing_module, "_LONG_SECONDS", 2e-3)
+    called: list[float] = []
+
+    def call() -> None:
+        called.append(time.perf_counter())
+        time.sleep(3e-3)
+
+    timing = interleave({"a": call}, seconds=0, limit_seconds=0, settle_seconds=0)["a"]
+    assert timing.visits == len(called) == 2
+    assert timing.calls_per_visit == 1
+
+
+def test_between_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first and after the last, and in the middle when it was long ago."""
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    for wait, expected in ((0.0, "-ab-ba-ab-"), (9.0, "-abbaab-")):
+        monkeypatch.setattr(timing_module, "_BETWEEN_SECONDS", wait)
+        monkeypatch.setattr(timing_module, "_calls_per_visit", lambda call: (1, []))
+        order.clear()
+        interleave(
+            calls,
+            seconds=0,
+            minimum_visits=3,
+            settle_seconds=0,
+            between=lambda: order.append("-"),
+        )
+        assert "".join(order) == expected
+
+
+def test_deadlines_in_one_another() -> None:
+    def inner_and_more() -> None:
+        with pytest.raises(DeadlineError, match=r"it takes more than 0\.01 s"), deadline(0.01):
+            time.sleep(5)
+        time.sleep(5)
+
+    with (
+        pytest.raises(DeadlineError, match=r"the case takes more than 0\.02 s"),
+        deadline(0.02, "the case takes"),
+    ):
+        inner_and_more()
+    with deadline(0.01), deadline(5):
+        pass
+    time.sleep(0.02)  # nothing is left to go off
+
+
+def test_a_deadline_that_was_caught_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def catches() -> None:
+        with contextlib.suppress(DeadlineError):
+            time.sleep(5)
+        time.sleep(5)
+
+    monkeypatch.setattr(deadline_module, "_AGAIN_SECONDS", 0.01)
+    with pytest.raises(DeadlineError), deadline(0.01):
+        catches()
 
 
 def test_garbage_collection_is_as_before_after_an_error() -> None:

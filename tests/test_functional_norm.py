@@ -66,10 +66,10 @@ CASES = [
 def test_outputs_and_gradients(case: Case) -> None:
     truth, bounds = expected(case)
     dtype = getattr(torch, case.dtype)
-    leaves, _ = arguments(case, dtype)
+    leaves, _ = drawn = arguments(case, dtype)
     bits: dict[str, dict[str, Tensor]] = {}
     for tier in every_tier():
-        results = run(case, "fastseq", dtype)
+        results = run(case, "fastseq", dtype, drawn=drawn)
         compare(results, truth, bounds, tier)
         # The number of threads never changes a bit of the kernels'; composites do not promise it.
         before = bits.setdefault(tier.split(",")[0] if HAS_EXTENSION else tier, results)

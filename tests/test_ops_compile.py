@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -165,3 +167,15 @@ def test_export(name: str, batch_first: bool) -> None:
         x = torch.randn(*shape, 3, dtype=torch.float64)
         with torch.no_grad():
             assert same(flat(exported(x)), flat(module(x)))
+
+
+def test_the_first_call_of_a_process_may_be_a_compiled_one() -> None:
+    """Nothing is loaded while Dynamo traces: it could not follow."""
+    code = (
+        "import torch, fastseq.nn as nn\n"
+        "x = torch.randn(2, 3, 4)\n"
+        "for layer in (nn.LSTM(4, 5), nn.Linear(4, 5), nn.LayerNorm(4),\n"
+        "              nn.TransformerEncoderLayer(4, 2, 8)):\n"
+        "    torch.compile(layer, fullgraph=True, backend='eager')(x)\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -88,13 +88,18 @@ def _cuda() -> Any:
     return _cuda_backend
 
 
+def _chosen_layout(input: Tensor) -> int:
+    """The reserve's layout of ``_chosen``, without the imports there, which Dynamo cannot trace."""
+    numba = input.is_cpu and _config.backend_name() == "numba"
+    return NUMBA_RESERVE_LAYOUT if numba else RESERVE_LAYOUT
+
+
 def _chosen(input: Tensor) -> tuple[Any, int]:
     """The backend for the tensor's device, on the CPU the user's, and its reserve's layout."""
+    layout = _chosen_layout(input)
     if not input.is_cpu:
-        return _cuda(), RESERVE_LAYOUT
-    if _config.backend_name() == "numba":
-        return _numba(), NUMBA_RESERVE_LAYOUT
-    return _cpu(), RESERVE_LAYOUT
+        return _cuda(), layout
+    return (_numba() if layout == NUMBA_RESERVE_LAYOUT else _cpu()), layout
 
 
 def _of_layout(reserve_layout: int, input: Tensor) -> Any:
@@ -459,7 +464,7 @@ def rnn_layer(
     if transformed or lacks_kernels(_WITH_KERNELS):
         return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
     save = needs_gradient((input, hx, cx, *weights))
-    _, layout = _chosen(input)
+    layout = _chosen_layout(input)
     output, hy, cy, _ = torch.ops.fastseq.rnn_forward(
         input, hx, cx, list(weights), batch_sizes, lengths, *options, save, layout
     )

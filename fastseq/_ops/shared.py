@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 library = torch.library.Library("fastseq", "DEF")
+
+# Dynamo cannot trace the loading of the extension, so that it must not be left to the first call,
+# which may be a compiled one. What goes wrong here is raised by that call.
+with suppress(ImportError, ValueError):
+    _config.backend_name()
 
 
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastseq import _cuda_library
 from fastseq._cells import CELLS, GATES
 from fastseq._cuda_library import RnnBackward, RnnForward, RnnShape
+from fastseq.profiler.nvtx import marked
 
 __all__ = [
     "launch_mode",
@@ -235,6 +236,7 @@ def _check_projection(proj_size: int) -> None:
         raise RuntimeError("proj_size has no CUDA kernels")
 
 
+@marked
 def rnn_forward(
     input: Tensor,
     hx: Tensor | None,
@@ -332,6 +334,7 @@ def _split_reserve(
     return slots, list(cells[: directions * rows * hidden].view(directions, rows, hidden))
 
 
+@marked
 def rnn_cell(
     input: Tensor,
     hx: Tensor,
@@ -387,6 +390,7 @@ def _before(firsts: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     return before, begins
 
 
+@marked
 def rnn_backward(
     grad_output: Tensor | None,
     grad_hy: Tensor | None,

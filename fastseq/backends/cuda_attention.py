@@ -23,6 +23,7 @@ from fastseq._cuda_library import (
 from fastseq.backends import reference_attention
 from fastseq.backends.cuda import address, device_of, dtype_name, stream_of, sum_dtype
 from fastseq.backends.layout import unit_stride
+from fastseq.profiler.nvtx import marked
 
 __all__ = ["attention_backward", "attention_forward", "empty_heads"]
 
@@ -126,6 +127,7 @@ def _shape(sizes: tuple[int, ...], terms: Terms, options: Options) -> AttentionS
     return shape
 
 
+@marked
 def attention_forward(
     query: Tensor,
     key: Tensor,
@@ -188,6 +190,7 @@ def attention_forward(
     return output, lse, row_maximum, row_scale, probabilities
 
 
+@marked
 def attention_backward(
     grad_output: Tensor | None,
     grad_lse: Tensor | None,

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from fastseq.bench.deadline import deadline
 
 # Longer than this and the case goes without the compiled peer.
 COMPILE_LIMIT_SECONDS = 60.0
@@ -60,29 +58,6 @@ def agrees(found: object, expected: object, *, training: bool, random: bool) -> 
     return True
 
 
-class _DeadlineError(Exception):
-    pass
-
-
-@contextmanager
-def _deadline(seconds: float) -> Iterator[None]:
-    """Interrupt the block after a time, where signals can (the main thread, not on Windows)."""
-    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise _DeadlineError
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def compiled_call(
     callee: Callable[..., Any],
     make_call: Callable[[Callable[..., Any]], Callable[[], object]],
@@ -111,7 +86,7 @@ def compiled_call(
     torch.compiler.reset()
     start = time.perf_counter()
     try:
-        with _deadline(limit_seconds):
+        with deadline(limit_seconds):
             call = make_call(torch.compile(callee, dynamic=dynamic))
             call()
             if on_first_call is not None:

@@ -21,6 +21,7 @@ Question = Literal["peak", "shapes"]
 # Large blocks straight from the kernel and back: what is freed leaves the figure at once.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 _SHAPES = 1000
+_LIMIT_SECONDS = 120.0
 
 
 def available() -> bool:
@@ -39,13 +40,23 @@ def measure(case: AnyCase, library: Library, question: Question, threads: int | 
         threads: Threads to use; torch's default unless given.
 
     Raises:
-        RuntimeError: The process failed.
+        RuntimeError: The process failed or took too long.
     """
     record = json.dumps(dataclasses.asdict(case))
     wanted = [record, library, question, str(threads or 0)]
     command = [sys.executable, "-m", "fastseq.bench.memory", *wanted]
     environment = os.environ | _ALLOCATOR
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_LIMIT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"measuring memory takes more than {_LIMIT_SECONDS:g} s") from None
     if done.returncode != 0:
         raise RuntimeError(f"memory measurement failed: {done.stderr.strip()[-500:]}")
     return int(json.loads(done.stdout)["bytes"])

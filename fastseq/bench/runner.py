@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from fastseq.bench import peers
 from fastseq.bench.caches import CacheFlusher
 from fastseq.bench.cases import AnyCase
 from fastseq.bench.compiled import CompileSkippedError, compiled_call
+from fastseq.bench.deadline import deadline
 from fastseq.bench.families import Call, Family, family_of
 from fastseq.bench.gate import GateResult
 from fastseq.bench.probes import PROBES, Measured, ProbeSkippedError
@@ -29,6 +31,7 @@ from fastseq.bench.results import (
     CaseResult,
     peak_memory,
 )
+from fastseq.bench.settle import settle
 from fastseq.bench.timing import interleave, interleave_cold
 
 __all__ = [
@@ -44,6 +47,11 @@ __all__ = [
     "run",
     "run_case",
 ]
+
+
+_PEAK_SECONDS = 0.01
+# A case that takes longer ends with an error, so that a run ends.
+CASE_LIMIT_SECONDS = 600.0
 
 
 def _silent(phase: str) -> None:
@@ -94,7 +102,10 @@ def run_case(case: AnyCase, plan: Plan | None = None, threads: int | None = None
     result = CaseResult(case, GateResult(()), threads=threads or plan.threads[0])
     torch.set_num_threads(result.threads)
     try:
-        with torch.set_grad_enabled(case.direction == "training"):
+        with (
+            deadline(CASE_LIMIT_SECONDS, "the case takes"),
+            torch.set_grad_enabled(case.direction == "training"),
+        ):
             _fill(result, plan)
     except Exception as error:  # whatever it is, other cases may be fine
         result.skipped["case"] = _one_line(error)
@@ -124,15 +135,27 @@ def _fill(result: CaseResult, plan: Plan) -> None:
     result.first_call_s = first_call_s
     calls |= _peer_calls(family, built, result, plan)
     plan.on_phase("timing")
-    with suppress(ImportError):  # the compiled extension measures it
-        result.fma_peak_gflops = fma_peak_gflops(case.dtype)
     seconds, visits = plan.seconds, family.minimum_visits
-    result.timings = interleave(calls, seconds=seconds, minimum_visits=visits)
+    peaks: list[float] = []
+    result.timings = interleave(
+        calls, seconds=seconds, minimum_visits=visits, between=lambda: _note_peak(peaks, case.dtype)
+    )
+    result.fma_peak_gflops = statistics.median(peaks) if peaks else None
     if plan.cold:
         plan.on_phase("timing with cold caches")
         result.cold = interleave_cold(calls, CacheFlusher(), seconds=seconds, minimum_visits=visits)
     if plan.probes:
         _ask(result, Measured(built, calls, result.timings, plan.seconds), plan)
+
+
+def _note_peak(peaks: list[float], dtype: str) -> None:
+    """Measure the multiply-add peak of this moment.
+
+    What a shared machine can do changes from minute to minute, for the kernels as for this.
+    """
+    settle()
+    with suppress(ImportError):  # the compiled extension measures it
+        peaks.append(fma_peak_gflops(dtype, seconds=_PEAK_SECONDS))
 
 
 def _own_calls(family: Family, built: Any, plan: Plan) -> dict[str, Call]:

@@ -20,6 +20,11 @@ _SINGLES = 100
 # Calls from which their number in a visit is found; one that takes longer is timed alone, surely.
 _TRIALS = 4
 _SLOW_SECONDS = 0.1
+_LONG_SECONDS = 2.0
+# What would go on for longer than this does not get its fewest visits.
+_LIMIT_SECONDS = 30.0
+# So often at most is what goes on between visits done.
+_BETWEEN_SECONDS = 0.2
 # Idle threads of one peer's pool keep spinning for a while; ``settle`` waits at least this long.
 _SETTLE_SECONDS = 2e-2
 
@@ -95,17 +100,20 @@ def summarize(
     )
 
 
-def _calls_per_visit(call: Callable[[], object]) -> int:
-    """How many calls fill a visit, going by the best of a few: the first ones may fetch memory."""
+def _calls_per_visit(call: Callable[[], object]) -> tuple[int, list[float]]:
+    """How many calls fill a visit, going by the best of a few: the first ones may fetch memory.
+
+    A call so long that these trials matter is a visit: its time comes second.
+    """
     best = float("inf")
     for _ in range(_TRIALS):
         start = perf_counter()
         call()
         seconds = perf_counter() - start
         if seconds > _SLOW_SECONDS:
-            return 1
+            return 1, [seconds] if seconds > _LONG_SECONDS else []
         best = min(best, seconds)
-    return max(1, int(_VISIT_SECONDS / max(best, 1e-7)))
+    return max(1, int(_VISIT_SECONDS / max(best, 1e-7))), []
 
 
 def _singles(call: Callable[[], object]) -> list[float]:
@@ -123,27 +131,46 @@ def _singles(call: Callable[[], object]) -> list[float]:
 
 @dataclass(frozen=True)
 class _Turns:
-    """How often and for how long calls take turns."""
+    """How often and for how long calls take turns, and what is done in between."""
 
     seconds: float
     minimum_visits: int
     maximum_visits: int
+    limit_seconds: float
+    between: Callable[[], object] | None = None
 
     def take(self, names: Sequence[str]) -> Iterator[str]:
         """Names in the order of visits: A B C, C B A, A B C, ...; no garbage is collected."""
         order = list(names)
-        deadline = perf_counter() + self.seconds
+        start = perf_counter()
+        deadline, limit = start + self.seconds, start + self.limit_seconds
+        between = _Seldom(self.between)
         collecting = gc.isenabled()
         gc.disable()
         try:
             for visit in range(self.maximum_visits):
-                if visit >= self.minimum_visits and perf_counter() > deadline:
+                now = perf_counter()
+                if (visit >= self.minimum_visits and now > deadline) or (visit and now > limit):
                     break
+                between()
                 yield from order
                 order.reverse()
+            between(last=True)
         finally:
             if collecting:
                 gc.enable()
+
+
+class _Seldom:
+    """Calls something, but not again within a time, unless it is for the last time."""
+
+    def __init__(self, call: Callable[[], object] | None) -> None:
+        self._call, self._next = call, 0.0
+
+    def __call__(self, *, last: bool = False) -> None:
+        if self._call is not None and (last or perf_counter() >= self._next):
+            self._call()
+            self._next = perf_counter() + _BETWEEN_SECONDS
 
 
 def _visit(call: Callable[[], object], count: int) -> float:
@@ -163,6 +190,8 @@ def interleave(
     minimum_visits: int = 7,
     maximum_visits: int = 200,
     settle_seconds: float = _SETTLE_SECONDS,
+    limit_seconds: float = _LIMIT_SECONDS,
+    between: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time several calls in turn: A B C, C B A, A B C, ...
 
@@ -175,14 +204,17 @@ def interleave(
         minimum_visits: Visits to each call at least.
         maximum_visits: Visits to each call at most.
         settle_seconds: Shortest pause before each visit, see ``fastseq.bench.settle``.
+        limit_seconds: Begin no further turn after this time, whatever ``minimum_visits`` says.
+        between: Called before the first turn, after the last, and between turns now and then.
     """
-    counts = {}
+    counts: dict[str, int] = {}
+    samples: dict[str, list[float]] = {}
     for name, call in calls.items():
         settle(settle_seconds)
-        counts[name] = _calls_per_visit(call)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+        counts[name], samples[name] = _calls_per_visit(call)
     singles: dict[str, list[float]] = {name: [] for name in calls}
-    for name in _Turns(seconds, minimum_visits, maximum_visits).take(list(calls)):
+    turns = _Turns(seconds, minimum_visits, maximum_visits, limit_seconds, between)
+    for name in turns.take(list(calls)):
         settle(settle_seconds)
         samples[name].append(_visit(calls[name], counts[name]))
         if counts[name] > 1:
@@ -198,6 +230,7 @@ def interleave_cold(
     minimum_visits: int = 7,
     maximum_visits: int = 200,
     settle_seconds: float = _SETTLE_SECONDS,
+    limit_seconds: float = _LIMIT_SECONDS,
 ) -> dict[str, Timing]:
     """Time several calls in turn, each finding the caches full of something else.
 
@@ -209,9 +242,11 @@ def interleave_cold(
         minimum_visits: Calls of each at least.
         maximum_visits: Calls of each at most.
         settle_seconds: Shortest pause before each call, see ``fastseq.bench.settle``.
+        limit_seconds: Begin no further turn after this time, whatever ``minimum_visits`` says.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for name in _Turns(seconds, minimum_visits, maximum_visits).take(list(calls)):
+    turns = _Turns(seconds, minimum_visits, maximum_visits, limit_seconds)
+    for name in turns.take(list(calls)):
         flush()
         settle(settle_seconds)
         samples[name].append(_visit(calls[name], 1))

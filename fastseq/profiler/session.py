@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from types import ModuleType, TracebackType
 from typing import Any, TextIO
 
 from fastseq import _config, _recorder
-from fastseq.profiler import roofline, roofs, summary, table, trace
+from fastseq.profiler import nvtx, roofline, roofs, summary, table, trace
 from fastseq.profiler.counters import Counters, HardwareCounters
 from fastseq.profiler.record import Call, Recording
 from fastseq.profiler.roofs import Roofs
@@ -40,7 +41,7 @@ def profile(
 
     Calls from all threads of the process are recorded, backward passes on autograd's included. An
     exception in the block ends the recording and keeps what was recorded. Not more than one profile
-    runs at a time.
+    runs at a time. Calls of the CUDA kernels are put into NVTX ranges and are not recorded.
 
     Args:
         hardware_counters: Also count cycles, instructions and cache misses, where the system lets
@@ -69,6 +70,8 @@ class Profile:
         self._limits = (max_calls, max_slices)
         self._kernels: ModuleType | None = None
         self._recorder: _recorder.Recorder | None = None
+        self._marking = contextlib.ExitStack()
+        self._ranges = nvtx.Ranges()
         self._recording: Recording | None = None
         self._machine: dict[str, Any] = {}
         self._counters: Counters | None = None
@@ -100,6 +103,7 @@ class Profile:
             if kernels is not None:
                 kernels.profile_start(*self._limits)
             self._recorder = _recorder.active = _recorder.Recorder(*self._limits)
+            self._ranges = self._marking.enter_context(nvtx.recording())
         except BaseException:
             _running.release()
             raise
@@ -113,6 +117,7 @@ class Profile:
         traceback: TracebackType | None,
     ) -> None:
         assert self._recorder is not None
+        self._marking.close()
         try:
             _recorder.active = None
             raw = self._recorder.stop()
@@ -124,7 +129,8 @@ class Profile:
             self._kernels = self._recorder = None
             _running.release()
         self._recording = Recording(raw)
-        if not self._recording.calls and error is None:
+        # Kernels on a device only leave ranges.
+        if not self._recording.calls and not self._ranges.count and error is None:
             warnings.warn(
                 "no kernels ran inside the profile: is the model made of fastseq's layers, "
                 "and did none of them fall back to torch?",

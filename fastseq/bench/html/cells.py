@@ -20,6 +20,18 @@ FAMILIES = {
 }
 
 
+# Where capital letters are not at the beginning of the first word alone.
+_TITLES = {
+    "mha": "MultiheadAttention",
+    "rms_norm": "RMS norm",
+    "peephole_lstm": "Peephole LSTM",
+    "coupled_lstm": "Coupled LSTM",
+    "ind_rnn": "IndRNN",
+    "s_lstm": "sLSTM",
+    "janet": "JANET",
+}
+
+
 def family(case: AnyCase) -> str:
     """The key in ``FAMILIES``."""
     if isinstance(case, Case):
@@ -41,8 +53,7 @@ def layer_title(layer: str) -> str:
     """A layer's name as people write it."""
     if layer in GATES:
         return layer.upper()
-    special = {"mha": "MultiheadAttention", "rms_norm": "RMS norm"}
-    return special.get(layer, layer.replace("_", " ").capitalize())
+    return _TITLES.get(layer, layer.replace("_", " ").capitalize())
 
 
 def case_label(case: AnyCase) -> str:
