@@ -15,6 +15,7 @@ import fastseq
 from fastseq import _config
 
 __all__ = [
+    "COMPOSITES",
     "HAS_EXTENSION",
     "KERNELS",
     "TIERS",
@@ -28,6 +29,9 @@ KERNELS = _config.backend_name()
 HAS_EXTENSION = KERNELS == "cpu"
 _REASON = f"about the compiled kernels; here backend {KERNELS!r} answers"
 needs_extension = pytest.mark.skipif(not HAS_EXTENSION, reason=_REASON)
+
+# Layers that are operators of torch's where there is no extension: no op of ours runs then.
+COMPOSITES: frozenset[str] = frozenset() if HAS_EXTENSION else frozenset({"linear", "norm"})
 
 # Every instruction-set tier that this processor runs; other backends have one way only.
 TIERS: list[str] = list(_config.extension().isa_usable()) if HAS_EXTENSION else [KERNELS]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernels import COMPOSITES, HAS_EXTENSION, needs_extension
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastseq
@@ -76,6 +77,7 @@ def test_recurrent_layer_counts_what_torch_counts(cell: str, needs_x: bool, need
     assert modelled(calls["rnn_backward"]).flops == backward.get_total_flops()
 
 
+@needs_extension
 @pytest.mark.parametrize(
     ("needs_input", "needs_weight"), [(True, True), (True, False), (False, True)], ids=str
 )
@@ -148,11 +150,13 @@ def test_decoding_is_one_query() -> None:
     q = torch.randn(1, 8, 1, 16)
     k, v = torch.randn(1, 8, 100, 16), torch.randn(1, 8, 100, 16)
     (call,) = recorded(lambda: fastseq.functional.scaled_dot_product_attention(q, k, v))
-    assert call.kernel == "attention_decode"
+    # Numba's kernel for many queries does for one.
+    assert call.kernel == ("attention_decode" if HAS_EXTENSION else "attention_forward")
     assert modelled(call).flops == 2 * 2 * 8 * 100 * 16
     assert modelled(call).traffic == Traffic(4 * (128 + 2 * 12800), 4 * 128)
 
 
+@needs_extension
 def test_norm_moves_its_arrays_and_multiplies_nothing() -> None:
     x, weight, bias = torch.randn(6, 10, requires_grad=True), torch.randn(10), torch.randn(10)
     calls = by_kernel(
@@ -188,7 +192,7 @@ def test_phases_share_the_work_of_the_call() -> None:
     with fastseq.linear_product("fused"):
         weight = torch.randn(9, 12, requires_grad=True)
         calls = recorded(lambda: (run(), fastseq.functional.linear(x, weight).sum().backward()))
-    assert len({call.kernel for call in calls}) == 6
+    assert len({call.kernel for call in calls}) == (4 if "linear" in COMPOSITES else 6)
     for call in calls:
         known = modelled(call)
         happened = call.phases()

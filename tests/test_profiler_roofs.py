@@ -8,6 +8,7 @@ from pathlib import Path
 
 import profiler_recording as by_hand
 import pytest
+from kernels import needs_extension
 
 from fastseq import _config
 from fastseq.profiler import command, roofs
@@ -44,6 +45,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+@needs_extension
 @pytest.mark.usefixtures("quick")
 def test_measured_roofs_are_complete_and_kept() -> None:
     seen: list[tuple[int, int, str]] = []
