@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernels import needs_extension
 from oracle import CELLS, Case, arguments, compare, expected, outputs_of, pairwise_cases, run
 from torch import Tensor
 
@@ -115,6 +116,7 @@ def test_gradcheck(cell: str, variant: str) -> None:
     assert torch.autograd.gradcheck(layer, tuple(leaves.values()), fast_mode=True)
 
 
+@needs_extension
 def test_agrees_with_the_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two implementations with nothing in common but formulas."""
     calls = []
@@ -133,6 +135,7 @@ def test_agrees_with_the_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@needs_extension
 def test_backward_runs_on_the_backend_of_its_forward() -> None:
     torch.manual_seed(0)
     layer = fast_nn.GRU(3, 5, dtype=torch.float64)
