@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from kernels import HAS_EXTENSION, TIERS, on_tier
+from kernels import TIERS, on_tier
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -32,9 +32,7 @@ from fastseq import functional
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 
-# Without the extension the sums over rows are those of torch's products, of several hundred terms
-# where the C++ kernels' are shorter: one gradient was seen 7 % past 1.5 times.
-RATIO = 1.5 if HAS_EXTENSION else 1.75
+RATIO = 1.5
 FREE_UNITS = 4
 FLOAT32_TO_FLOAT64 = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
 
@@ -328,8 +326,7 @@ def largest(tensor: Tensor) -> float:
 def check(case: Case) -> None:
     """Run the case on every tier and hold it against :func:`expected`.
 
-    Without gradients calls take other ways through the library, to the same bits; but for torch's
-    products without the extension, which may add up otherwise where rows lie further apart.
+    Without gradients calls take other ways through the library, to the same bits.
     """
     truth, bounds = expected(case)
     dtype = getattr(torch, case.dtype)
@@ -340,10 +337,7 @@ def check(case: Case) -> None:
         with torch.no_grad():
             inferred = outputs_of(case, "fastseq", leaves, lengths)
         for name, output in zip(("output", "h_n", "c_n"), inferred, strict=False):
-            same = torch.equal(output.double(), results[name])
-            if not HAS_EXTENSION:
-                same = largest(output.double() - truth[name]) <= bounds[name]
-            assert same, f"{name} {tier}: no_grad differs"
+            assert torch.equal(output.double(), results[name]), f"{name} {tier}: no_grad differs"
 
 
 def compare(

@@ -101,6 +101,19 @@ def input_gradient(
     return grad_rows.view(second, first, features).transpose(0, 1)
 
 
+# The shorter a running sum, the more digits it keeps: the C++ kernels' longest, too.
+_LONGEST_SUM = 256
+
+
+def _sum_over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """``left.t() @ right``, whose sums over rows go by way of the result in parts."""
+    total = torch.mm(left[:_LONGEST_SUM].t(), right[:_LONGEST_SUM])
+    for begin in range(_LONGEST_SUM, left.shape[0], _LONGEST_SUM):
+        rows = slice(begin, begin + _LONGEST_SUM)
+        total.addmm_(left[rows].t(), right[rows])
+    return total
+
+
 def weight_gradients(
     plan: Plan,
     call: Call,
@@ -116,7 +129,7 @@ def weight_gradients(
     from_hidden = gradients[:, plan.hidden_first * units : len(plan.slots) * units]
     found: list[Tensor | None] = []
     if w.input is not None:
-        grad = torch.mm(from_input.t(), call.rows) if next(wanted) else None
+        grad = _sum_over_rows(from_input, call.rows) if next(wanted) else None
         found.append(None if grad is None else by_gate(grad, plan.input_gates, hidden, units))
     if w.hidden is not None:
         grad = None
@@ -125,7 +138,7 @@ def weight_gradients(
             if call.projected:
                 column = plan.columns * units
             before = records[:, column : column + call.width_units]
-            grad = torch.mm(from_hidden.t(), before)[:, : call.width]
+            grad = _sum_over_rows(from_hidden, before)[:, : call.width]
             grad = by_gate(grad.contiguous(), plan.hidden_gates, hidden, units)
         found.append(grad)
     sums = None
@@ -155,6 +168,6 @@ def weight_gradients(
             column = plan.gradient_columns * units
             of_projected = gradients[:, column : column + call.width]
             column = plan.recurrent_entry * units
-            grad = torch.mm(of_projected.t(), records[:, column : column + hidden])
+            grad = _sum_over_rows(of_projected, records[:, column : column + hidden])
         found.append(grad)
     return found
