@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -25,12 +26,20 @@ def connect(
     empty_like_function: Callable[[Tensor], Tensor],
     float64_type: torch.dtype,
     is_grad_enabled_function: Callable[[], bool],
+    thread_count_function: Callable[[], int],
+    cells: dict[str, tuple[int, int, bool]],
 ) -> None: ...
+def connect_observers(
+    dispatch_modes_function: Callable[[], int],
+    profiler_module: ModuleType,
+    is_any_autocast_enabled_function: Callable[[], bool],
+    tracing_state_function: Callable[[], Any],
+    are_transforms_active_function: Callable[[], bool],
+    forward_ad_module: ModuleType,
+) -> None: ...
+def is_observed() -> bool: ...
 def plain_layer(
-    cell: int,
-    gates: int,
-    has_cell: bool,
-    threads: int,
+    cell: str,
     input: Tensor,
     hx: Tensor | None,
     cx: Tensor | None,
@@ -130,7 +139,6 @@ def attention_backward(
 ) -> None: ...
 def dropout_mask(sizes: Sizes, probability: float, seed: Tensor, keep: Tensor) -> None: ...
 def plain_attention(
-    threads: int,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -169,7 +177,6 @@ def element_dropout_mask(
     rows: int, columns: int, probability: float, seed: Tensor, keep: Tensor
 ) -> None: ...
 def plain_linear(
-    threads: int,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -230,7 +237,6 @@ def norm_backward(
     grad_bias: Tensor | None,
 ) -> None: ...
 def plain_norm(
-    threads: int,
     input: Tensor,
     residual: Tensor | None,
     normalized_shape: Sequence[int],
@@ -268,7 +274,6 @@ def dense_norm_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None: ...
 def plain_decoder_step(
-    threads: int,
     x: Tensor,
     batch: int,
     heads: int,

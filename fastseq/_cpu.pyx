@@ -239,18 +239,50 @@ cdef object Parameter = None
 cdef object empty_like = None
 cdef object float64 = None
 cdef object is_grad_enabled = None
+cdef object thread_count = None
+cdef dict plain_cells = {}
 
 
-def connect(capsule, tensor_type, parameter_type, empty_like_function, float64_type, is_grad_enabled_function):
-    """Make `plain_layer`, `plain_attention` and `plain_norm` available. `capsule` is torch.Tensor.__dlpack_c_exchange_api__."""
-    global exchange, Tensor, Parameter, empty_like, float64, is_grad_enabled
+def connect(capsule, tensor_type, parameter_type, empty_like_function, float64_type, is_grad_enabled_function,
+            thread_count_function, dict cells):
+    """Make the short ways available. `capsule` is torch.Tensor.__dlpack_c_exchange_api__; `cells` is name -> (index of the
+    kernels, gates, has a cell state)."""
+    global exchange, Tensor, Parameter, empty_like, float64, is_grad_enabled, thread_count, plain_cells
     if not PyCapsule_IsValid(capsule, b"dlpack_exchange_api"):
         return
     Tensor, Parameter, empty_like, float64 = tensor_type, parameter_type, empty_like_function, float64_type
-    is_grad_enabled = is_grad_enabled_function
+    is_grad_enabled, thread_count, plain_cells = is_grad_enabled_function, thread_count_function, cells
     table = <const DLPackExchangeAPI*>PyCapsule_GetPointer(capsule, b"dlpack_exchange_api")
     if table.version.major == 1:
         exchange = table
+
+
+cdef object dispatch_modes = None
+cdef object profiler = None
+cdef object is_any_autocast_enabled = None
+cdef object tracing_state = None
+cdef object are_transforms_active = None
+cdef object forward_ad = None
+
+
+def connect_observers(dispatch_modes_function, profiler_module, is_any_autocast_enabled_function, tracing_state_function,
+                      are_transforms_active_function, forward_ad_module):
+    """What `is_observed` asks: torch's functions and modules of these names."""
+    global dispatch_modes, profiler, is_any_autocast_enabled, tracing_state, are_transforms_active, forward_ad
+    dispatch_modes, profiler, is_any_autocast_enabled = dispatch_modes_function, profiler_module, is_any_autocast_enabled_function
+    tracing_state, are_transforms_active = tracing_state_function, are_transforms_active_function
+    forward_ad = forward_ad_module
+
+
+cpdef bint is_observed() except -1:
+    """As `fastseq._ops.shared.is_observed`."""
+    return (<long>dispatch_modes() > 0 or profiler._is_profiler_enabled or is_any_autocast_enabled()
+            or tracing_state() is not None or are_transforms_active() or <long>forward_ad._current_level >= 0)
+
+
+cdef inline bint is_negated(object tensor) except -1:
+    """Memory holds the negated values."""
+    return tensor is not None and tensor.is_neg()
 
 
 cdef inline bint describe(object tensor, DLTensor* out, int ndim, int bits) except -1:
@@ -277,17 +309,21 @@ cdef inline char* start(DLTensor* tensor) noexcept:
     return <char*>tensor.data + tensor.byte_offset
 
 
-def plain_layer(int cell, int gates, bint has_cell, int threads, input, hx, cx, weights, bint batch_first):
-    """One direction with biases over dense tensors, without gradients: (output, h_n, c_n).
+def plain_layer(str cell, input, hx, cx, weights, bint batch_first):
+    """One direction with biases over dense tensors, without gradients and with nobody watching: (output, h_n, c_n).
 
     None when anything is not as plain as that, or wrong: the caller's general way then finds out what and says so.
     """
+    cdef int index, gates
+    cdef bint has_cell
     cdef fastseq_rnn_forward call
     cdef DLTensor x, h, c, w_ih, w_hh, b_ih, b_hh
     cdef int bits, status
     cdef int64_t steps, batch, features, hidden, rows
-    if exchange == NULL or len(weights) != 4:
+    if (exchange == NULL or len(weights) != 4 or is_grad_enabled() or is_observed() or is_negated(input) or is_negated(hx)
+            or is_negated(cx)):
         return None
+    index, gates, has_cell = plain_cells[cell]
     bits = 64 if input.dtype is float64 else 32
     if not describe(input, &x, 3, bits):
         return None
@@ -326,7 +362,7 @@ def plain_layer(int cell, int gates, bint has_cell, int threads, input, hx, cx, 
     call.shape.hidden_size, call.shape.projection_size, call.shape.directions = hidden, 0, 1
     call.shape.batch_sizes = call.shape.row_order = NULL
     call.shape.packed = 0
-    call.shape.threads = threads
+    call.shape.threads = thread_count()
     call.x.data = start(&x)
     call.x.step_stride, call.x.row_stride = (features, steps * features) if batch_first else (batch * features, features)
     call.y.data = address(output)
@@ -341,7 +377,7 @@ def plain_layer(int cell, int gates, bint has_cell, int threads, input, hx, cx, 
     call.weights[0].projection = NULL
     cdef int dtype = bits == 64
     with nogil:
-        status = active.rnn_forward[cell][dtype](&call)
+        status = active.rnn_forward[index][dtype](&call)
     if status:
         raise MemoryError("rnn_forward: no memory for the kernel's workspace")
     return output, h_n, c_n

@@ -169,7 +169,7 @@ cdef inline bint describe_heads(object tensor, DLTensor* out, fastseq_heads* hea
     return True
 
 
-def plain_attention(int threads, query, key, value, bint causal, bint grouped, scale):
+def plain_attention(query, key, value, bint causal, bint grouped, scale):
     """Attention without options but causal, without gradients.
 
     None when anything is not as plain as that, or wrong: the caller's general way then finds out what and says so.
@@ -211,7 +211,7 @@ def plain_attention(int threads, query, key, value, bint causal, bint grouped, s
     call.shape.key_size, call.shape.value_size = size, value_size
     call.shape.window_left = -1
     call.shape.window_right = 0 if causal else -1
-    call.shape.threads = threads
+    call.shape.threads = thread_count()
     call.shape.scale = 1 / sqrt(<double>size) if scale is None else scale
     call.lse.data = call.row_maximum.data = call.row_scale.data = call.weights.data = NULL
     call.average_weights = 0

@@ -113,7 +113,7 @@ cdef inline bint describe_held(tensor, int bits, int64_t batch, int64_t heads, i
     return True
 
 
-def plain_decoder_step(int threads, x, int64_t batch, int64_t heads, bint norm_first, int activation, tuple self_attention,
+def plain_decoder_step(x, int64_t batch, int64_t heads, bint norm_first, int activation, tuple self_attention,
                        tuple feed_forward, tuple norms, keys, values, int64_t length, tuple cross_attention, memory_keys,
                        memory_values):
     """One position per sequence through a decoder layer, without gradients: the output.
@@ -140,7 +140,7 @@ def plain_decoder_step(int threads, x, int64_t batch, int64_t heads, bint norm_f
     # Sums and residuals share memory below, which the kernels allow for few rows only.
     if t.shape[0] * t.shape[1] != batch or batch > 64 or features % heads:
         return None
-    run.table, run.dtype, run.threads, run.status = active, bits == 64, threads, 0
+    run.table, run.dtype, run.threads, run.status = active, bits == 64, thread_count(), 0
     run.rows, run.heads, run.size = batch, heads, features // heads
     item = bits // 8
     if (not describe_projection(self_attention[0], self_attention[1], bits, &in_proj)

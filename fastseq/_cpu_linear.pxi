@@ -147,7 +147,7 @@ cdef object linear_of_tensors(fastseq_linear_forward* call, DLTensor* x, int thr
     return output, z
 
 
-def plain_linear(int threads, input, weight, bias, int activation, residual):
+def plain_linear(input, weight, bias, int activation, residual):
     """dropout-free linear without gradients: the output.
 
     False when only gradients stand in the way; None when anything else is not as plain as that, or wrong: the caller's
@@ -160,7 +160,7 @@ def plain_linear(int threads, input, weight, bias, int activation, residual):
     if is_grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
                               or (residual is not None and residual.requires_grad)):
         return False
-    return linear_of_tensors(&call, &x, threads, input, residual, activation, 0.0, None, False)[0]
+    return linear_of_tensors(&call, &x, thread_count(), input, residual, activation, 0.0, None, False)[0]
 
 
 def dense_linear_forward(int threads, input, weight, bias, residual, int activation, double dropout_p, seed, bint save):

@@ -177,7 +177,7 @@ cdef object forward_of_tensors(DLTensor* x, int threads, input, residual, weight
     return output, sum, statistics
 
 
-def plain_norm(int threads, input, residual, normalized_shape, weight, bias, eps, bint rms, bint want_sum):
+def plain_norm(input, residual, normalized_shape, weight, bias, eps, bint rms, bint want_sum):
     """A norm without dropout and without gradients: the result, or with `want_sum` (result, sum).
 
     False when only gradients stand in the way; None when anything else is not as plain as that, or wrong: the caller's
@@ -206,7 +206,7 @@ def plain_norm(int threads, input, residual, normalized_shape, weight, bias, eps
         return None
     if eps is None:
         eps = 2.220446049250313e-16 if x.dtype.bits == 64 else 1.1920928955078125e-07
-    results = forward_of_tensors(&x, threads, input, residual, weight, bias, dims, eps, rms, 0.0, None, want_sum, False)
+    results = forward_of_tensors(&x, thread_count(), input, residual, weight, bias, dims, eps, rms, 0.0, None, want_sum, False)
     if results is None:
         return None
     return (results[0], results[1]) if want_sum else results[0]

@@ -21,23 +21,28 @@ struct PhiloxConstants {
   static constexpr uint32_t weyl0 = 0x9E3779B9, weyl1 = 0xBB67AE85;
 };
 
-// Wide: an integer, or a vector of integers, of 64 bits; every word lies in the low half of one. multiply(word, constant)
-// is their product, broadcast(word) the constant in every lane.
-template <class Wide, class Multiply, class Broadcast>
-FASTSEQ_PHILOX_FUNCTION void philox(Wide (&word)[4], uint64_t seed, Multiply multiply, Broadcast broadcast) {
+// The two words that round `round` adds to.
+FASTSEQ_PHILOX_FUNCTION uint32_t philox_key(uint64_t seed, int round, int word) {
   using C = PhiloxConstants;
-  uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-  Wide low = broadcast(0xFFFFFFFFu);
-  for (int round = 0; round < C::rounds; ++round) {
+  return (uint32_t)(seed >> (32 * word)) + (uint32_t)round * (word ? C::weyl1 : C::weyl0);
+}
+
+// Wide: an integer, or a vector of integers, of 64 bits; every word lies in the low half of one, and what is in the other half
+// does not matter until the end. multiply(word, constant) is the product of the low halves, broadcast(word) the constant in
+// every lane, key(round, word) a round's key in every lane. The words may be those after `first_round` rounds.
+template <class Wide, class Multiply, class Broadcast, class Key>
+FASTSEQ_PHILOX_FUNCTION void philox(Wide (&word)[4], Multiply multiply, Broadcast broadcast, Key key, int first_round = 0) {
+  using C = PhiloxConstants;
+  for (int round = first_round; round < C::rounds; ++round) {
     Wide product0 = multiply(word[0], broadcast(C::multiplier0));
     Wide product1 = multiply(word[2], broadcast(C::multiplier1));
-    word[0] = (product1 >> 32) ^ word[1] ^ broadcast(key0);
-    word[1] = product1 & low;
-    word[2] = (product0 >> 32) ^ word[3] ^ broadcast(key1);
-    word[3] = product0 & low;
-    key0 += C::weyl0;
-    key1 += C::weyl1;
+    word[0] = (product1 >> 32) ^ word[1] ^ key(round, 0);
+    word[1] = product1;
+    word[2] = (product0 >> 32) ^ word[3] ^ key(round, 1);
+    word[3] = product0;
   }
+  Wide low = broadcast(0xFFFFFFFFu);
+  for (Wide& result : word) result = result & low;
 }
 
 // Words below this are dropped; 2^32 drops all of them.

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "attention_shape.h"
-#include "dropout.h"
 
 namespace fastseq::FS_ISA {
 namespace {
@@ -101,7 +100,11 @@ struct PanelScores {
     }
     if (table.key_stride == 1 && count == L) {
 #pragma GCC unroll 16
-      for (int lane = 0; lane < L; ++lane) block[lane] = widen(rows[lane] + first);
+      for (int lane = 0; lane < L; ++lane) {
+        // As many streams as lanes are more than the processor follows by itself.
+        __builtin_prefetch(rows[lane] + first + 4 * L);
+        block[lane] = widen(rows[lane] + first);
+      }
     } else {
       alignas(64) T values[L][L] = {};
       for (int lane = 0; lane < L; ++lane)
@@ -303,38 +306,54 @@ template <class T>
 struct PanelDropout {
   static constexpr int L = lanes<T>, wide_lanes = FS_VECTOR_BYTES / 8;
   static constexpr int parts = L / wide_lanes;  // float lanes are drawn as even and odd ones
+  using Constants = PhiloxConstants;
   uint64_t threshold, seed;
   uint32_t offset;
-  WideVector query_word[2][parts], head_word[2][parts];
+  const WideKeys* keys;
+  // What the words of query and head have become after two of Philox's rounds, in which they do not meet that of the keys; the
+  // part of the first word that is not the keys', of the third, and the fourth.
+  WideVector first_word[2][parts], third_word[2][parts], fourth_word[2][parts];
 
   void prepare(const AttentionSizes<T>& sizes, const Panel<T>& panel) {
     threshold = dropout_threshold(sizes.shape.dropout);
     seed = sizes.shape.dropout_seed;
+    keys = &sizes.dropout_keys;
     offset = (uint32_t)sizes.shape.dropout_offset;
     for (int64_t lane = 0; lane < 2 * L; ++lane) {
       int half = (int)(lane / L), part = (int)(lane % L % parts), place = (int)(lane % L / parts);
-      query_word[half][part][place] = (uint32_t)panel.query(lane);
-      head_word[half][part][place] = (uint32_t)(panel.batch * sizes.heads + panel.head(lane));
+      uint64_t by_head = (uint64_t)(uint32_t)(panel.batch * sizes.heads + panel.head(lane)) * Constants::multiplier1;
+      uint32_t word = (uint32_t)(by_head >> 32) ^ (uint32_t)panel.query(lane) ^ (uint32_t)seed;
+      uint64_t by_word = (uint64_t)word * Constants::multiplier0;
+      first_word[half][part][place] = (uint32_t)by_head;
+      third_word[half][part][place] = by_word >> 32;
+      fourth_word[half][part][place] = (uint32_t)by_word;
     }
   }
 
   // For the four keys from 4 * key_group and one half of the panel: all bits set where the weight stays.
   FS_INLINE void draw(int half, int64_t key_group, IntVec<T>* keep /* [4] */) const {
+    // The same two rounds for the keys' word, once for all lanes.
+    uint64_t by_group = (uint64_t)(uint32_t)key_group * Constants::multiplier0;
+    uint64_t by_word = (uint64_t)((uint32_t)(by_group >> 32) ^ offset ^ philox_key(seed, 0, 1)) * Constants::multiplier1;
+    WideVector first = wide_word((uint32_t)(by_word >> 32) ^ philox_key(seed, 1, 0)), second = wide_word((uint32_t)by_word);
+    WideVector third = wide_word((uint32_t)by_group ^ philox_key(seed, 1, 1));
     WideVector word[parts][4];
     for (int part = 0; part < parts; ++part) {
-      word[part][0] = WideVector{} + (uint64_t)(uint32_t)key_group;
-      word[part][1] = query_word[half][part];
-      word[part][2] = head_word[half][part];
-      word[part][3] = WideVector{} + (uint64_t)offset;
-      philox(word[part], seed, multiply_words, wide_word);
+      word[part][0] = first ^ first_word[half][part];
+      word[part][1] = second;
+      word[part][2] = third ^ third_word[half][part];
+      word[part][3] = fourth_word[half][part];
+      keys->run(word[part], 2);
     }
     for (int i = 0; i < 4; ++i) {
-      WideVector kept = (WideVector)(word[0][i] >= threshold);
       if constexpr (parts == 2) {
-        WideVector odd = (WideVector)(word[1][i] >= threshold);
-        kept = (kept & 0xFFFFFFFFu) | (odd << 32);
+        typedef uint32_t Words __attribute__((vector_size(FS_VECTOR_BYTES)));
+        Words both = (Words)(word[0][i] | word[1][i] << 32), least = Words{} + (uint32_t)threshold;
+        keep[i] = (IntVec<T>)(both >= least);
+        if (threshold >> 32) keep[i] = IntVec<T>{};  // nothing stays
+      } else {
+        keep[i] = (IntVec<T>)(word[0][i] >= threshold);
       }
-      keep[i] = (IntVec<T>)kept;
     }
   }
 

@@ -3,6 +3,7 @@
 
 #include "../fastseq.h"
 #include "attention_tile.h"
+#include "dropout.h"
 #include "math.h"
 
 namespace fastseq::FS_ISA {
@@ -45,6 +46,7 @@ struct AttentionSizes {
   const fastseq_attention_shape& shape;
   int64_t batch, heads, kv_heads, group, key_size, value_size;
   SequenceSpan* spans = nullptr;  // [B]
+  WideKeys dropout_keys;
 
   explicit AttentionSizes(const fastseq_attention_shape& shape)
       : shape(shape),
@@ -53,7 +55,8 @@ struct AttentionSizes {
         kv_heads(shape.kv_heads),
         group(shape.kv_heads ? shape.heads / shape.kv_heads : 0),
         key_size(shape.key_size),
-        value_size(shape.value_size) {}
+        value_size(shape.value_size),
+        dropout_keys(shape.dropout_seed) {}
 
   void fill_spans() const {
     for (int64_t b = 0; b < batch; ++b) {
@@ -178,6 +181,21 @@ FS_INLINE void unpack_lanes(const T* panel /* [depth][panel_width] */, int64_t d
     for (int64_t k = 0; k < depth && used > 0; k += L) {
       int64_t count = minimum(L, depth - k);
       Vec<T> block[L];
+      if (count == L && used == L) {
+#pragma GCC unroll 16
+        for (int j = 0; j < L; ++j) block[j] = load(panel + (k + j) * panel_width<T> + half * L) * by;
+        transpose<T>(block);
+#pragma GCC unroll 16
+        for (int j = 0; j < L; ++j) {
+          T* target = rows[half * L + j] + k;
+          if constexpr (Add) {
+            __builtin_prefetch(target + 4 * L, 1);
+            block[j] = block[j] + load(target);
+          }
+          store(target, block[j]);
+        }
+        continue;
+      }
       for (int j = 0; j < L; ++j) block[j] = j < count ? load(panel + (k + j) * panel_width<T> + half * L) * by : Vec<T>{};
       transpose<T>(block);
       for (int64_t j = 0; j < used; ++j) {

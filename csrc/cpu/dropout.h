@@ -18,11 +18,24 @@ FS_INLINE WideVector multiply_words(WideVector a, WideVector b) {
 #elif defined(__SSE2__)
   return (WideVector)_mm_mul_epu32((__m128i)a, (__m128i)b);
 #else
-  return a * b;
+  return (a & 0xFFFFFFFFu) * b;
 #endif
 }
 
 FS_INLINE WideVector wide_word(uint32_t value) { return WideVector{} + (uint64_t)value; }
+
+// A seed's keys in every lane. In memory they are operands; made on the spot they would take a sixth of the instructions.
+struct WideKeys {
+  WideVector key[PhiloxConstants::rounds][2];
+
+  explicit WideKeys(uint64_t seed) {
+    for (int round = 0; round < PhiloxConstants::rounds; ++round)
+      for (int word = 0; word < 2; ++word) key[round][word] = wide_word(philox_key(seed, round, word));
+  }
+  FS_INLINE void run(WideVector (&word)[4], int first_round = 0) const {
+    philox(word, multiply_words, wide_word, [this](int round, int i) FS_LAMBDA_INLINE { return key[round][i]; }, first_round);
+  }
+};
 
 // Dropout of a matrix's elements. Columns go in groups of dropout_group; element (row, column) has word (column % 32) / 8 of
 // the counter (8 * (column / 32) + column % 8, row's low word, row's high word, offset): whatever the vector, the counters of
@@ -33,13 +46,14 @@ template <class T>
 struct ElementDropout {
   static constexpr int L = lanes<T>, wide_lanes = FS_VECTOR_BYTES / 8;
   static constexpr int vectors = dropout_group / L;  // of one group
-  uint64_t threshold, seed;
+  uint64_t threshold;
+  WideKeys keys;
   uint32_t offset;
   T scale;  // of what stays
 
   ElementDropout(double probability, uint64_t seed, uint64_t offset)
       : threshold(dropout_threshold(probability)),
-        seed(seed),
+        keys(seed),
         offset((uint32_t)offset),
         scale(probability < 1 ? (T)(1 / (1 - probability)) : T(0)) {}
 
@@ -54,7 +68,7 @@ struct ElementDropout {
     for (int first = 0; first < 8; first += wide_lanes) {
       WideVector word[4] = {(wide_word((uint32_t)(8 * group + first)) + lane) & 0xFFFFFFFFu, wide_word((uint32_t)row),
                             wide_word((uint32_t)((uint64_t)row >> 32)), wide_word(offset)};
-      philox(word, seed, multiply_words, wide_word);
+      keys.run(word);
 #pragma GCC unroll 4
       for (int w = 0; w < 4; ++w) kept[(8 * w + first) / wide_lanes] = (WideVector)(word[w] >= threshold);
     }

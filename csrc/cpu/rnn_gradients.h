@@ -182,8 +182,12 @@ struct ChunkGradients {
                        const T* panels /* [panel][capacity][W] */, int64_t width, T* target /* [*, width] */,
                        bool first_chunk) {
     alignas(64) static constexpr T zeros[W] = {};
+    constexpr int64_t depth = longest_sum<T>;
+    // A copy of the tile's columns, side by side: in their own place they lie a row of all slots apart, a page for every second.
+    alignas(64) T tile[depth * FS_TILE_ROWS + L];  // [depth][FS_TILE_ROWS], and what the last whole vector runs over into
     int64_t group = maximum(1, (192 << 10) / (sizes.chunk_target_rows() * W * (int64_t)sizeof(T)));
     int64_t panel_count = (width + W - 1) / W;
+    int64_t parts = (rows + depth - 1) / depth;
     for (int64_t first = 0; first < panel_count; first += group) {
       int64_t last = minimum(first + group, panel_count);
       for (int64_t m = mine.begin; m < mine.end;) {
@@ -194,15 +198,24 @@ struct ChunkGradients {
         EvenSplit tile_rows(segment, tiles);
         for (int64_t i = 0; i < tiles; ++i) {
           Range part = tile_rows.part(i);
-          for (int64_t p = first; p < last; ++p) {
-            T* c = target + (m + part.begin) * width + p * W;
-            const T* a = left.at(0, k + part.begin);
-            const T* panel = panels + p * left.rows * W;
-            if (width - p * W >= W)
-              run_tile<T, Walk::columns>(part.count(), a, panel, rows, first_chunk ? zeros : c, first_chunk ? 0 : width, c,
-                                         width);
-            else
-              edge_tile(part.count(), a, panel, rows, c, width, width - p * W, first_chunk);
+          for (int64_t j = 0; j < parts; ++j) {
+            Range terms = split(rows, parts, j);
+            bool starts = first_chunk && j == 0;
+            const T* a = left.at(terms.begin, k + part.begin);
+            for (int64_t row = 0; row < terms.count(); ++row) {
+              const T* from = a + row * block_stride<T>;
+              T* to = tile + row * FS_TILE_ROWS;
+              for (int64_t v = 0; v < FS_TILE_ROWS; v += L) store(to + v, load(from + v));
+            }
+            for (int64_t p = first; p < last; ++p) {
+              T* c = target + (m + part.begin) * width + p * W;
+              const T* panel = panels + (p * left.rows + terms.begin) * W;
+              if (width - p * W >= W)
+                run_tile<T, Walk::interleaved>(part.count(), tile, panel, terms.count(), starts ? zeros : c, starts ? 0 : width,
+                                               c, width);
+              else
+                edge_tile(part.count(), tile, panel, terms.count(), c, width, width - p * W, starts);
+            }
           }
         }
         m += segment;
@@ -215,7 +228,7 @@ struct ChunkGradients {
                              int64_t columns, bool first_chunk) {
     alignas(64) T full[FS_TILE_ROWS * W] = {};  // [row][W]
     for (int64_t r = 0; r < tile_rows && !first_chunk; ++r) memcpy(full + r * W, c + r * c_stride, (size_t)columns * sizeof(T));
-    run_tile<T, Walk::columns>(tile_rows, a, panel, depth, full, W, full, W);
+    run_tile<T, Walk::interleaved>(tile_rows, a, panel, depth, full, W, full, W);
     for (int64_t r = 0; r < tile_rows; ++r) memcpy(c + r * c_stride, full + r * W, (size_t)columns * sizeof(T));
   }
 

@@ -123,7 +123,8 @@ struct Scorer {
     uint64_t word[4] = {(uint64_t)(j / 4) & 0xffffffffu, (uint64_t)i & 0xffffffffu,
                         (uint64_t)(batch * shape.heads + head) & 0xffffffffu, shape.dropout_offset & 0xffffffffu};
     philox(
-        word, shape.dropout_seed, [](uint64_t a, uint64_t b) { return a * b; }, [](uint32_t value) { return (uint64_t)value; });
+        word, [](uint64_t a, uint64_t b) { return (a & 0xffffffffu) * b; }, [](uint32_t value) { return (uint64_t)value; },
+        [&](int round, int i) { return (uint64_t)philox_key(shape.dropout_seed, round, i); });
     uint64_t drawn = j % 4 == 0 ? word[0] : j % 4 == 1 ? word[1] : j % 4 == 2 ? word[2] : word[3];
     return drawn >= threshold ? kept_scale : A(0);
   }

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, profiler
 
 from fastseq import _config
 from fastseq._attention import (
@@ -21,6 +20,7 @@ from fastseq._attention import (
 from fastseq._ops.shared import (
     PLAIN_TYPES,
     has_lazy_negation,
+    is_observed,
     is_watched,
     lacks_kernels,
     library,
@@ -69,10 +69,8 @@ _cpu_module: Any = None
 _numba_module: Any = None
 _cuda_module: Any = None
 _is_compiling = torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _get_tracing_state = torch._C._get_tracing_state
-_are_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def _cpu() -> Any:
@@ -395,18 +393,7 @@ def plain_attention(
     4-D tensors, no options but causal, no gradients, nobody watching. ``None`` whenever the
     call is not as plain as that or its arguments do not fit.
     """
-    # One test after the other without a function around them: together they are what the call has
-    # to spend. The kernels' side looks at the tensors.
-    if (
-        _is_compiling()
-        or _dispatch_modes() > 0
-        or profiler._is_profiler_enabled
-        or _is_any_autocast_enabled()
-        or _get_tracing_state()
-        or _are_transforms_active()
-        or forward_ad._current_level >= 0
-        or _config._backend != "cpu"
-    ):
+    if _is_compiling() or _config._backend != "cpu" or is_observed():
         return None
     result: Tensor | None = _cpu().plain_attention(query, key, value, is_causal, enable_gqa, scale)
     return result

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, profiler
 
 from fastseq import _config, _products
 from fastseq._linear import NONE, RELU
 from fastseq._ops.shared import (
     PLAIN_TYPES,
     has_lazy_negation,
+    is_observed,
     is_traced,
     is_watched,
     lacks_kernels,
@@ -43,10 +43,8 @@ library.define(
 
 _backend: Any = None
 _is_compiling = torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _get_tracing_state = torch._C._get_tracing_state
-_are_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def _cpu() -> Any:
@@ -256,18 +254,7 @@ def plain_linear(
     No dropout, nobody watching, a residual in the output's shape. ``None`` whenever the call is
     not as plain as that or its arguments do not fit.
     """
-    # One test after the other without a function around them: together they are what the call has
-    # to spend. The kernels' side looks at the tensors.
-    if (
-        _is_compiling()
-        or _dispatch_modes() > 0
-        or profiler._is_profiler_enabled
-        or _is_any_autocast_enabled()
-        or _get_tracing_state()
-        or _are_transforms_active()
-        or forward_ad._current_level >= 0
-        or _config._backend != "cpu"
-    ):
+    if _is_compiling() or _config._backend != "cpu" or is_observed():
         return None
     if not _config.fused_everywhere and not _is_fused(input, weight, bias, residual):
         return _torchs_linear(input, weight, bias, activation, residual)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, profiler
 
 from fastseq import _config
 from fastseq._norm import NormOptions
 from fastseq._ops.shared import (
     PLAIN_TYPES,
     has_lazy_negation,
+    is_observed,
     is_watched,
     lacks_kernels,
     library,
@@ -42,10 +42,8 @@ library.define(
 
 _backend: Any = None
 _is_compiling = torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _get_tracing_state = torch._C._get_tracing_state
-_are_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def _cpu() -> Any:
@@ -317,17 +315,7 @@ def plain_norm(
     No dropout, nobody watching. ``None`` whenever the call is not as plain as that
     or its arguments do not fit.
     """
-    # One test after the other without a function around them, as for attention.
-    if (
-        _is_compiling()
-        or _dispatch_modes() > 0
-        or profiler._is_profiler_enabled
-        or _is_any_autocast_enabled()
-        or _get_tracing_state()
-        or _are_transforms_active()
-        or forward_ad._current_level >= 0
-        or _config._backend != "cpu"
-    ):
+    if _is_compiling() or _config._backend != "cpu" or is_observed():
         return None
     result = _cpu().plain_norm(input, residual, normalized_shape, weight, bias, eps, rms, want_sum)
     if result is not False:

@@ -7,13 +7,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, profiler
 
 from fastseq import _config
 from fastseq._cells import GATES, NUMBA_RESERVE_LAYOUT, RESERVE_LAYOUT
 from fastseq._ops.shared import (
     PLAIN_TYPES,
     has_lazy_negation,
+    is_observed,
     is_watched,
     lacks_kernels,
     library,
@@ -53,12 +53,8 @@ _WITH_KERNELS = frozenset({"cpu", "numba"})
 _backend: Any = None
 _numba_backend: Any = None
 _cuda_backend: Any = None
-_is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-_get_tracing_state = torch._C._get_tracing_state
-_are_transforms_active = torch._C._are_functorch_transforms_active
+_plain: Any = None
 
 
 def _cpu() -> Any:
@@ -68,6 +64,13 @@ def _cpu() -> Any:
 
         _backend = cpu
     return _backend
+
+
+def _plain_kernel() -> Any:
+    global _plain
+    if _plain is None:
+        _plain = _cpu().plain_layer
+    return _plain
 
 
 def _numba() -> Any:
@@ -410,26 +413,21 @@ def plain_layer(
     is not as plain as that or its arguments do not fit: the general way decides then, and words
     the error where there is one. The weights are looked at anew at every call.
     """
-    # One test after the other without a function around them: together they are what the call has
-    # to spend.
+    if _is_compiling():
+        return None
+    backend = _config._backend or _config.backend_name()
+    if backend == "cpu":
+        outputs: Outputs | None = _plain_kernel()(cell, input, hx, cx, weights, batch_first)
+        return outputs
     if (
-        _is_grad_enabled()
-        or _is_compiling()
-        or _dispatch_modes() > 0
-        or profiler._is_profiler_enabled
-        or _is_any_autocast_enabled()
-        or _get_tracing_state()
-        or _are_transforms_active()
-        or forward_ad._current_level >= 0
+        backend != "numba"
+        or type(input) not in PLAIN_TYPES
+        or torch.is_grad_enabled()
+        or is_observed()
         or has_lazy_negation(input, hx, cx)
     ):
         return None
-    backend = _config._backend or _config.backend_name()
-    if backend != "cpu":
-        if backend != "numba" or type(input) not in PLAIN_TYPES:
-            return None
-        return _numba().plain_layer(cell, input, hx, cx, weights, batch_first)
-    return _cpu().plain_layer(cell, input, hx, cx, weights, batch_first)
+    return _numba().plain_layer(cell, input, hx, cx, weights, batch_first)
 
 
 def rnn_layer(

@@ -15,6 +15,9 @@ PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_get_tracing_state = torch._C._get_tracing_state
+_are_transforms_active = torch._C._are_functorch_transforms_active
 
 library = torch.library.Library("fastseq", "DEF")
 
@@ -22,6 +25,36 @@ library = torch.library.Library("fastseq", "DEF")
 # which may be a compiled one. What goes wrong here is raised by that call.
 with suppress(ImportError, ValueError):
     _config.backend_name()
+
+
+def is_observed() -> bool:
+    """Anything at all wants to see or change operators that run now, but for a compiler.
+
+    A dispatch mode, torch's profiler, autocast, a trace, a transform, forward mode AD: the ways
+    past the operators are not for them.
+    """
+    return (
+        _dispatch_modes() > 0
+        or profiler._is_profiler_enabled
+        or _is_any_autocast_enabled()
+        or _get_tracing_state() is not None
+        or _are_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+# Short calls ask this each time: the compiled twin answers in a third of the time.
+with suppress(ImportError, ValueError):
+    _kernels = _config.extension()
+    _kernels.connect_observers(
+        _dispatch_modes,
+        profiler,
+        _is_any_autocast_enabled,
+        _get_tracing_state,
+        _are_transforms_active,
+        forward_ad,
+    )
+    is_observed = _kernels.is_observed
 
 
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

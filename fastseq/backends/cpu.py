@@ -43,8 +43,7 @@ def rnn_reserve_elements(
     return rows * directions * (padded * saved + _PADDED_MULTIPLE)
 
 
-# What the short way into the kernels needs of a cell, and torch's exchange table where it has one.
-_PLAIN = {name: (_CELLS[name], sizes.gates, sizes.has_cell_state) for name, sizes in CELLS.items()}
+# What the short ways into the kernels need, and torch's exchange table where it has one.
 _kernels.connect(
     getattr(Tensor, "__dlpack_c_exchange_api__", None),
     Tensor,
@@ -52,20 +51,10 @@ _kernels.connect(
     torch.empty_like,
     torch.float64,
     torch.is_grad_enabled,
+    _threads,
+    {name: (_CELLS[name], sizes.gates, sizes.has_cell_state) for name, sizes in CELLS.items()},
 )
-_plain_layer = _kernels.plain_layer
-
-
-def plain_layer(
-    cell: str,
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """One direction with biases over dense tensors, checked and run in one go; else ``None``."""
-    return _plain_layer(*_PLAIN[cell], _threads(), input, hx, cx, weights, batch_first)
+plain_layer = _kernels.plain_layer
 
 
 class _Rows(NamedTuple):

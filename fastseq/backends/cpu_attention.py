@@ -27,21 +27,9 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Te
 _kernels = _config.extension()
 _forward = _kernels.attention_forward
 _backward = _kernels.attention_backward
-_plain = _kernels.plain_attention
+plain_attention = _kernels.plain_attention
 _threads = torch.get_num_threads
 assert _cpu is not None
-
-
-def plain_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    is_causal: bool,
-    enable_gqa: bool,
-    scale: float | None,
-) -> Tensor | None:
-    """4-D tensors without any option, checked and run in one go; ``None`` where it is not so."""
-    return _plain(_threads(), query, key, value, is_causal, enable_gqa, scale)
 
 
 def dropout_keep(

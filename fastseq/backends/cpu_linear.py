@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,21 +18,11 @@ __all__ = ["dropout_keep", "linear_backward", "linear_forward", "plain_linear"]
 _kernels = _config.extension()
 _forward = _kernels.linear_forward
 _backward = _kernels.linear_backward
-_plain = _kernels.plain_linear
+plain_linear = _kernels.plain_linear
 _dense_forward = _kernels.dense_linear_forward
 _dense_backward = _kernels.dense_linear_backward
 _threads = torch.get_num_threads
 assert _cpu is not None
-
-
-def plain_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: int, residual: Tensor | None
-) -> Any:
-    """A call without dropout, checked and run in one go; ``None`` where it is not so plain.
-
-    ``False`` where that is for the gradients alone.
-    """
-    return _plain(_threads(), input, weight, bias, activation, residual)
 
 
 def dropout_keep(seed: Tensor, probability: float, rows: int, columns: int) -> Tensor:

@@ -19,7 +19,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 _kernels = _config.extension()
 _forward = _kernels.norm_forward
 _backward = _kernels.norm_backward
-_plain = _kernels.plain_norm
+plain_norm = _kernels.plain_norm
 _dense_forward = _kernels.dense_norm_forward
 _dense_backward = _kernels.dense_norm_backward
 _threads = torch.get_num_threads
@@ -29,23 +29,6 @@ assert _cpu is not None
 def statistics_per_row(options: NormOptions) -> int:
     """How many numbers forward keeps of a row: see ``fastseq_norm_statistics``."""
     return 1 if options.rms else 3
-
-
-def plain_norm(
-    input: Tensor,
-    residual: Tensor | None,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float | None,
-    rms: bool,
-    want_sum: bool,
-) -> Any:
-    """A norm without dropout, checked and run in one go; ``None`` where it is not as plain.
-
-    ``False`` where that is for the gradients alone.
-    """
-    return _plain(_threads(), input, residual, normalized_shape, weight, bias, eps, rms, want_sum)
 
 
 def _matrix(tensor: Tensor | None, features: int) -> Any:
