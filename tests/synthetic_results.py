@@ -29,12 +29,18 @@ MACHINE: dict[str, Any] = {
     "virtualised": True,
 }
 ROOFS: dict[str, Any] = {
+    "cpu": MACHINE["cpu"],
+    "caches_bytes": {"L2": 1 << 20},
+    "version": "0.0",
+    "threads": [1, 2],
+    "measured": "2000-01-01",
+    "multiply_adds": [],
     "bandwidths": [
         {"level": level, "kind": kind, "threads": threads, "bytes_per_thread": 1, "gbytes": rate}
         for level, rate in (("L2", 200.0), ("DRAM", 20.0))
         for kind in ("read", "copy")
         for threads in (1, 2)
-    ]
+    ],
 }
 
 

@@ -107,6 +107,23 @@ def test_a_check_that_fails_in_the_second_file_only(
     assert run(b, a, "--fail-below", "0.01") == 0
 
 
+def test_a_case_that_raises_in_the_second_file_only(
+    tmp_path: Path, small: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = copy.deepcopy(small)
+    # It raised behind its gate, while it was timed.
+    changed["results"][0]["timings"] = {}
+    changed["results"][0]["skipped"]["case"] = "DeadlineError: the case takes more than 600 s"
+    a, b = write(tmp_path / "a.json", small), write(tmp_path / "b.json", changed)
+    assert run(a, b) == 0
+    assert "B: raised" in capsys.readouterr().out
+    for arguments in ((), ("--mean",)):
+        assert run(a, b, "--fail-below", "0.01", *arguments) == 1
+        name = small["results"][0]["case"]["name"]
+        assert f"{name} (1 thread) raised" in capsys.readouterr().out
+    assert run(b, a, "--fail-below", "0.01") == 0
+
+
 def test_cases_of_one_file_are_named(
     tmp_path: Path, small: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +191,78 @@ def test_bad_times_get_one_line(
     assert run(path, path) == 2
     assert command.main(["report", path, "--html", str(tmp_path / "page.html")]) == 2
     assert capsys.readouterr().err.count("\n") == 2
+
+
+# A place in a result file, and what no run writes there.
+DAMAGE: list[tuple[tuple[str | int, ...], object]] = [
+    (("machine",), [1]),
+    (("machine", "threads"), "two"),
+    (("machine", "libraries"), ["torch"]),
+    (("results",), {}),
+    (("results", 0), None),
+    (("results", 0, "threads"), "1"),
+    (("results", 0, "skipped"), ["torch"]),
+    (("results", 0, "probes"), {"share": "half"}),
+    (("results", 0, "first_call_s"), {"torch": None}),
+    (("results", 0, "peak_memory_bytes"), 3),
+    (("results", 0, "fma_peak_gflops"), "fast"),
+    (("results", 0, "gate", "errors", 0, "ours"), None),
+    (("results", 0, "gate", "errors", 0, "limit"), "1e-7"),
+    (("results", 0, "timings", "torch", "p50_s"), "x"),
+    (("results", 0, "timings", "torch", "p95_s"), []),
+    (("results", 0, "timings", "torch", "median_s"), float("inf")),
+    (("results", 0, "timings", "torch", "median_s"), float("nan")),
+    (("results", 0, "case", "name"), ["lstm"]),
+    (("results", 0, "case", "layer"), "lstn"),
+    (("results", 0, "case", "direction"), "sideways"),
+    (("results", 0, "case", "dtype"), "float31"),
+    (("results", 0, "case", "T"), "100"),
+    (("results", 0, "case", "options", "num_layers"), None),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), DAMAGE, ids=[".".join(map(str, p)) for p, _ in DAMAGE])
+def test_damaged_files_get_one_line(
+    place: tuple[str | int, ...],
+    value: object,
+    tmp_path: Path,
+    small: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changed: Any = copy.deepcopy(small)
+    inner = changed
+    for key in place[:-1]:
+        inner = inner[key]
+    assert place[-1] in inner if isinstance(inner, dict) else len(inner) > 0
+    inner[place[-1]] = value
+    good, bad = write(tmp_path / "good.json", small), write(tmp_path / "bad.json", changed)
+    page = str(tmp_path / "page.html")
+    for arguments in (["compare", good, bad], ["report", bad, "--html", page]):
+        assert command.main(arguments) == 2
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1
+        assert errors.startswith("fastseq bench: ")
+        assert "bad.json: " in errors
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b'{"format": 2, "results": [', "cut short"),
+        (b"\x80\x04\x95", "not JSON"),
+        (b'{"format": 1, "kind": "model"}', "results of bench model"),
+    ],
+    ids=["truncated", "binary", "of a model"],
+)
+def test_other_files_are_called_by_their_name(
+    content: bytes, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "odd.json").write_bytes(content)
+    assert run(str(tmp_path / "odd.json"), str(tmp_path / "odd.json")) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert f"{tmp_path / 'odd.json'}: " in errors
+    assert complaint in errors
 
 
 def test_wrong_use_gets_one_line(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -293,3 +294,50 @@ def test_nothing_to_convert(bench: Bench) -> None:
     result = bench("def build():\n    return nn.Conv1d(5, 8, 3), torch.randn(4, 5, 9)\n")
     assert result["status"] == 0
     assert "no layers found that fastseq has" in result["out"]
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_a_time_that_is_none(bench: Bench, seconds: str) -> None:
+    result = bench(MODEL, "--seconds", seconds)
+    assert result["status"] == 2
+    assert result["out"] == ""
+    assert result["err"].startswith("fastseq bench: --seconds must be more than 0")
+    assert result["err"].count("\n") == 1
+
+
+def test_a_file_that_cannot_be_written_is_found_out_early(bench: Bench, tmp_path: Path) -> None:
+    result = bench(MODEL, "--json", str(tmp_path))
+    assert result["status"] == 2
+    assert result["out"] == ""  # before the model was even built
+    assert result["err"] == f"fastseq bench: {tmp_path} is a directory\n"
+
+
+def test_torchs_notices_stay_out_of_the_tables(bench: Bench) -> None:
+    source = """
+    import warnings
+
+    class Projected(nn.LSTM):
+        pass
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = Projected(5, 8, proj_size=3)
+
+        def forward(self, x):
+            warnings.warn("mine")
+            return self.lstm(x)[0]
+
+    def build():
+        return Model(), torch.randn(4, 2, 5)
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = bench(source)
+    assert result["status"] == 0
+    # torch says that oneDNN has no projections; what the model itself says is its author's.
+    assert {str(one.message) for one in caught} == {"mine"}
+    # A class of the file has the same name in both tables.
+    assert result["out"].count("user_file.Projected") == 3
+    assert "fastseq_user" not in result["out"]
+    assert result["json"]["conversion"][0]["old"] == "user_file.Projected"

@@ -1,6 +1,7 @@
 """``fastseq bench report``: the page's content, and how it looks and behaves in Chromium."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ import synthetic_results as synthetic
 from fastseq.bench import command
 from fastseq.bench.cases import select
 from fastseq.bench.html import charts, colour, content, figures
+from fastseq.bench.html.charts import Series
 from fastseq.bench.html.content import Source
 from fastseq.bench.html.page import render
 from fastseq.bench.results import from_json
@@ -191,6 +193,16 @@ def test_charts_hold_the_medians(document: dict[str, Any]) -> None:
     assert {line.name for line in two.lines} >= {"FMA peak", "L2 read", "DRAM read"}
 
 
+def test_labels_of_close_roofs_stand_apart() -> None:
+    points = (Series("recurrent", "recurrent", ((0.1, 5.0, "a"), (100.0, 90.0, "b")), False),)
+    close = {"L1 read": 96.0, "L2 read": 94.0, "L3 read": 14.0, "DRAM read": 13.0}
+    found = {line.label: line for line in charts.roofline("", points, 100.0, close, ()).lines}
+    for first, second in (("L1 read", "L2 read"), ("L3 read", "DRAM read")):
+        (x1, y1), (x2, y2) = found[first].label_at, found[second].label_at
+        # Further apart than the longer text is.
+        assert math.hypot(x2 - x1, y2 - y1) > 6.5 * len(second)
+
+
 def test_sections_without_data_say_so() -> None:
     document = synthetic.document(threads=(1,), only=2)
     for one in document["results"]:
@@ -271,6 +283,8 @@ def test_command_rejects_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     bad.write_text("{")
     empty.write_text(json.dumps({**synthetic.document(), "results": []}))
     good.write_text(json.dumps(synthetic.document(only=1)))
+    roofs = tmp_path / "roofs.json"
+    roofs.write_text(json.dumps({**synthetic.ROOFS, "bandwidths": [{"level": "L2"}]}))
     page = str(tmp_path / "page.html")
     for arguments in (
         [str(bad), "--html", page],
@@ -279,6 +293,7 @@ def test_command_rejects_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         [str(good), "--html", str(tmp_path)],
         [str(good), "--html", page, "--roofs", str(bad)],
         [str(good), "--html", page, "--roofs", str(good)],
+        [str(good), "--html", page, "--roofs", str(roofs)],
     ):
         assert command.main(["report", *arguments]) == 2
         errors = capsys.readouterr().err

@@ -418,3 +418,38 @@ def test_machine_record() -> None:
 def test_threads_in_words() -> None:
     shown = [machine.threads_text({"threads": one}) for one in (2, [1], [1, 2])]
     assert shown == ["2 threads", "1 thread", "1 and 2 threads"]
+
+
+@pytest.mark.parametrize(
+    ("load", "warned"), [(None, False), (2.9, False), (3.0, True), (6.32, True)]
+)
+def test_a_busy_machine_is_a_warning(
+    load: float | None,
+    warned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(machine, "load_average", lambda: load)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
+    machine.warn_if_busy()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    if warned:
+        text = f"fastseq bench: warning: the load average is {load:.1f} on 2 cores: "
+        assert printed.err.startswith(text)
+        assert printed.err.count("\n") == 1
+    else:
+        assert printed.err == ""
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    """``fastseq bench list | head -1`` says nothing but the line."""
+    command = [sys.executable, "-m", "fastseq.bench", "list"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout
+        assert running.stderr
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 1

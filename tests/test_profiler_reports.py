@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import html.parser
+import itertools
 import json
 import math
 import re
@@ -17,6 +19,7 @@ import fastseq
 from fastseq.profiler import summary, table, trace
 from fastseq.profiler.models import model
 from fastseq.profiler.record import Recording
+from fastseq.profiler.roofs import Bandwidth
 from fastseq.profiler.session import Profile
 
 FLOPS = 2 * 40 * 4 * 32 * (16 + 32)  # of the LSTM call
@@ -277,6 +280,8 @@ def damaged(change: Any) -> str:
         (damaged(lambda raw: raw.pop("calls")), "calls"),
         (damaged(lambda raw: raw.update(ticks_per_second=0)), "ticks_per_second"),
         (damaged(lambda raw: raw["calls"][0].update(shape=[1])), "recorded"),
+        (damaged(lambda raw: raw["calls"][0]["shape"].update(H=-1)), "sizes"),
+        (damaged(lambda raw: raw["calls"][0]["shape"].update(H=1e300)), "sizes"),
         (damaged(lambda raw: raw["calls"][0]["threads"][0].update(slices=[99, 1, 2])), "phase"),
         (damaged(lambda raw: raw["calls"][0]["threads"][0].update(slices=["a", 1, 2])), "phase"),
         (damaged(lambda raw: raw["calls"][0]["threads"][0].update(slices=[0, 1])), "phase"),
@@ -289,6 +294,15 @@ def test_odd_files_are_value_errors(text: str, complaint: str, tmp_path: Path) -
         Profile.from_json(path)
     assert "odd.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_odd_machine_is_a_value_error(profile: Profile, tmp_path: Path) -> None:
+    profile.to_json(tmp_path / "odd.json")
+    document = json.loads((tmp_path / "odd.json").read_text())
+    document["machine"]["libraries"] = "torch"  # the roofline page would look up versions in it
+    (tmp_path / "odd.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"odd\.json is no profile of fastseq"):
+        Profile.from_json(tmp_path / "odd.json")
 
 
 def test_missing_file_is_an_os_error(tmp_path: Path) -> None:
@@ -423,7 +437,8 @@ def test_roofline_page(profile: Profile, tmp_path: Path) -> None:
     text = path.read_text()
     page = Page(text)
     assert not page.open
-    assert page.count["circle"] == 1  # a norm has no place on the chart, only in the table
+    # One drawing for wide windows and one for phones; a norm has a place only in the table.
+    assert page.count["svg"] == page.count["circle"] == 2
     assert "rnn_forward lstm" in page.text
     assert "norm_forward layer_norm" in page.text
     for label in ("FMA float32 avx512 x2", "FMA float32 avx512 x1", "DRAM read x2"):
@@ -444,6 +459,61 @@ def test_roofline_point_lies_below_its_roof(profile: Profile, tmp_path: Path) ->
     assert point
     assert peak
     assert float(point[1]) > float(peak[1])  # downwards
+
+
+def test_roofline_labels_of_close_slopes_stand_apart(profile: Profile, tmp_path: Path) -> None:
+    close = {"L1": 96.0, "L2": 92.0, "L3": 14.0, "DRAM": 13.0}
+    known = by_hand.roofs()
+    bands = tuple(
+        Bandwidth(level, kind, threads, 1, rate)
+        for level, rate in close.items()
+        for kind in ("read", "copy")
+        for threads in (1, 2)
+    )
+    profile._roofs = dataclasses.replace(known, bandwidths=bands)
+    profile.roofline(tmp_path / "roof.html")
+    text = (tmp_path / "roof.html").read_text()
+    for drawing in re.findall("<svg.*?</svg>", text, re.DOTALL):
+        found = re.findall(r'<text [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*>\w+ \d+ GB/s<', drawing)
+        places = [(float(x), float(y)) for x, y in found]
+        (angle,) = set(re.findall(r'transform="rotate\((-[\d.]+) ', drawing))
+        cosine, sine = math.cos(math.radians(float(angle))), math.sin(math.radians(float(angle)))
+        assert len(places) >= 2
+        for (x1, y1), (x2, y2) in itertools.combinations(places, 2):
+            along = abs((x2 - x1) * cosine + (y2 - y1) * sine)
+            across = abs((y2 - y1) * cosine - (x2 - x1) * sine)
+            assert along >= 80 or across >= 12  # letters are 12 px high
+        # Lines come first: none is drawn across a text.
+        assert drawing.rindex('<line class="band"') < drawing.index('<text class="roof-label"')
+    # A label without a place is not lost.
+    note = re.search(r"Roofs: (.*?)\.</p>", text)
+    assert note
+    assert [f"{level} {rate:.0f} GB/s" in note[1] for level, rate in close.items()] == [True] * 4
+
+
+def test_table_says_when_roofs_are_too_low(profile: Profile, tmp_path: Path) -> None:
+    assert "above 100 % of a roof" not in profile.text()
+    raw = by_hand.recording()
+    for call in raw["calls"]:
+        # The same work in a thousandth of the time or less.
+        call["end"] = call["begin"] + 1
+    text = finished(raw, tmp_path).text()
+    assert "above 100 % of a roof: the roofs were measured while something else ran" in text
+    assert "fastseq roof --measure" in text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"multiply_adds": [{"isa": "base"}]},
+        {"multiply_adds": [{"isa": "base", "dtype": "float32", "threads": 1, "gflops": "x"}]},
+        {"bandwidths": [{"level": "L1", "kind": "read", "threads": 1, "gbytes": None}]},
+    ],
+)
+def test_damaged_roofs_are_value_errors(damage: dict[str, Any]) -> None:
+    fields = {**by_hand.roofs().to_dict(), **damage}
+    with pytest.raises(ValueError, match="not measured roofs"):
+        type(by_hand.roofs()).from_dict(fields)
 
 
 def test_roofline_without_points_or_roofs(tmp_path: Path) -> None:

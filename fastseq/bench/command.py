@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -56,9 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = _parser().parse_args(arguments)
         status: int = parsed.action(parsed)
+        sys.stdout.flush()
     except ModuleNotFoundError as error:
         print(f"fastseq bench: {error}; pip install 'fastseq[bench]'", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Who reads has seen enough (head, say). The interpreter flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (OSError, ValueError) as error:
         print(f"fastseq bench: {error}", file=sys.stderr)
         return 2

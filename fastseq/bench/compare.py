@@ -32,7 +32,7 @@ class Change:
         torch_before: Speed-up over torch in the first file.
         torch_after: Speed-up over torch in the second file.
         problem: Why there is no ratio, for the table.
-        failed: The check passed in the first file and not in the second.
+        failed: The check passed in the first file; in the second it did not, or the case raised.
     """
 
     name: str
@@ -50,6 +50,11 @@ class Change:
         if self.before is None or self.after is None:
             return None
         return self.before.median_s / self.after.median_s
+
+    @property
+    def failure(self) -> str:
+        """What went wrong in the second file, for a sentence that begins with the case."""
+        return "raised" if (self.problem or "").endswith("raised") else "failed its check"
 
     @property
     def within_noise(self) -> bool:
@@ -100,8 +105,8 @@ class Comparison:
         return geometric_mean(c.torch_change for c in self.changes if c.torch_change is not None)
 
     def below(self, limit: float, *, mean: bool = False) -> list[str]:
-        """What is slower than the limit: cases, or the mean; failed checks in any case."""
-        found = [f"{label(c.name, c.threads)} failed its check" for c in self.changes if c.failed]
+        """What is slower than the limit: cases, or the mean; what is wrong now in any case."""
+        found = [f"{label(c.name, c.threads)} {c.failure}" for c in self.changes if c.failed]
         if mean:
             if self.mean is not None and self.mean < limit:
                 found.append(f"geometric mean {self.mean:.3f}x")
@@ -119,15 +124,17 @@ def label(name: str, threads: int) -> str:
 
 
 def _problem(result: CaseResult, peer: str) -> str | None:
+    if result.raised:
+        return "raised"
     if not result.gate.passed:
-        return "raised" if result.raised else "check failed"
+        return "check failed"
     return None if peer in result.timings else f"no timing of {peer}"
 
 
 def _change(before: CaseResult, after: CaseResult, peer: str) -> Change:
     problems = _problem(before, peer), _problem(after, peer)
     texts = [f"{side}: {text}" for side, text in zip("AB", problems, strict=True) if text]
-    failed = not after.gate.passed
+    failed = bool(after.raised) or not after.gate.passed
     return Change(
         after.case.name,
         after.threads,

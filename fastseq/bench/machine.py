@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -13,6 +14,8 @@ from typing import Any
 _LIBRARIES = ("fastseq", "torch", "numpy", "onnx", "onnxruntime", "openvino")
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 _CPUINFO = Path("/proc/cpuinfo")
+# Idle threads of a run that has just ended, spinning, leave about one for each core behind.
+_BUSY_PER_CORE = 1.5
 
 
 def library_versions() -> dict[str, str]:
@@ -59,6 +62,28 @@ def load_average() -> float | None:
         return os.getloadavg()[0]
     except (AttributeError, OSError):
         return None
+
+
+def busy() -> str | None:
+    """A warning where more wants to run than the machine has cores, else None.
+
+    A library whose threads spin at a barrier may then take a hundred times as long, and another
+    one twice as long: ratios say nothing about either.
+    """
+    load, cores = load_average(), os.cpu_count() or 1
+    if load is None or load < _BUSY_PER_CORE * cores:
+        return None
+    return (
+        f"the load average is {load:.1f} on {cores} core{'' if cores == 1 else 's'}: other "
+        "programs run, or did a minute ago; neither times nor speed-ups mean much beside them"
+    )
+
+
+def warn_if_busy() -> None:
+    """Print the warning of :func:`busy`, if there is one, on stderr."""
+    warning = busy()
+    if warning is not None:
+        print(f"fastseq bench: warning: {warning}", file=sys.stderr)
 
 
 def describe(threads: int | Sequence[int]) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from fastseq.bench import machine, model_report
+    from fastseq.bench import machine, model_report, results
     from fastseq.bench.model_check import check
     from fastseq.bench.model_source import Source
 
@@ -65,16 +66,20 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
-    if arguments.seconds <= 0:
-        raise ValueError(f"--seconds must be positive, got {arguments.seconds}")
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise FileNotFoundError(f"no such directory: {arguments.json.parent}")
+    if not 0 < arguments.seconds < float("inf"):
+        raise ValueError(f"--seconds must be more than 0, got {arguments.seconds}")
+    if arguments.json is not None:
+        # Better now than after the work.
+        results.check_writable(arguments.json)
+    # torch's notices about its own layers would tear the tables apart.
+    warnings.filterwarnings("ignore", module="torch")
     directions = [name for name in ("inference", "training") if getattr(arguments, name)] or [
         "inference",
         "training",
     ]
     source = Source(arguments.factory, arguments.input)
     models, report, example = _build(source, arguments.seed, directions)
+    machine.warn_if_busy()
     record = machine.describe([torch.get_num_threads()])
     console = Console(width=None if sys.stdout.isatty() else 200)
     threads = machine.threads_text(record)
@@ -100,7 +105,7 @@ def _run(arguments: argparse.Namespace) -> int:
             check=found,
             wholes=wholes,
         )
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        results.save(arguments.json, document)
     return 0 if found.passed else 1
 
 
@@ -123,7 +128,7 @@ def _build(source: Source, seed: int, directions: list[str]) -> tuple[Models, Re
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{source.path}: two models differ: {reason}") from error
-    report = fastseq.convert(twin, verbose=False)
+    report = _shown(fastseq.convert(twin, verbose=False))
     try:
         exact = exact.double()
     except Exception:  # quantized modules and the like
@@ -131,6 +136,16 @@ def _build(source: Source, seed: int, directions: list[str]) -> tuple[Models, Re
     if "training" in directions and not any(p.requires_grad for p in plain.parameters()):
         raise ValueError(f"{source.path}: no parameter has a gradient; use --inference")
     return Models(plain, twin, exact, source.path), report, example
+
+
+def _shown(report: Report) -> Report:
+    """The report with the user's classes under the names that they have in their file."""
+    from fastseq.bench.model_source import MODULE_PREFIX
+
+    rows = tuple(
+        dataclasses.replace(row, old=row.old.removeprefix(MODULE_PREFIX)) for row in report.rows
+    )
+    return dataclasses.replace(report, rows=rows)
 
 
 def _initialize(model: nn.Module, example: Example, source: Source) -> None:

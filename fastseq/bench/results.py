@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastseq.bench.cases import AnyCase, from_record
+from fastseq.bench.cases import DIRECTIONS, AnyCase, from_record
 from fastseq.bench.gate import GateResult, TensorError
 from fastseq.bench.timing import Timing
 
@@ -136,12 +137,57 @@ def to_json(
     }
 
 
+def _number(value: Any, what: str) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{what} is {value!r}, no number")
+    return value
+
+
+def _numbers(record: Any, what: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise TypeError(f"{what} are {record!r}")
+    return {name: _number(value, f"{name} in {what}") for name, value in record.items()}
+
+
 def _timings(records: dict[str, dict[str, Any]]) -> dict[str, Timing]:
+    found = {}
     for peer, one in records.items():
+        given = {name: value for name, value in one.items() if value is not None}
+        known = _numbers(given, f"the timings of {peer}")
         # Ratios divide by these.
-        if not all(one[name] > 0 for name in ("median_s", "lower_quartile_s", "upper_quartile_s")):
-            raise ValueError(f"the result file is damaged: a time of {peer} is not above 0")
-    return {peer: Timing(**{"p50_s": one["median_s"]} | one) for peer, one in records.items()}
+        for name in ("median_s", "lower_quartile_s", "upper_quartile_s"):
+            if not 0 < known[name] < math.inf:
+                raise ValueError(f"a time of {peer} is not above 0")
+        found[peer] = Timing(**{"p50_s": known["median_s"]} | known)
+    return found
+
+
+def _gate(record: dict[str, Any]) -> GateResult:
+    errors = [TensorError(**error) for error in record["errors"]]
+    for error in errors:
+        _numbers({"ours": error.ours, "torch": error.torch, "limit": error.limit}, "the gate")
+    return GateResult(tuple(errors))
+
+
+def _case(record: dict[str, Any]) -> AnyCase:
+    case = from_record(record)
+    # What is derived from a case takes its sizes and words for granted.
+    _number(case.flops(), "a case's work")
+    _number(case.bytes(), "a case's traffic")
+    if not isinstance(case.name, str) or case.direction not in DIRECTIONS:
+        raise ValueError(f"no case is named {case.name!r} and goes {case.direction!r}")
+    return case
+
+
+def _machine(record: Any) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise TypeError(f"the machine is {record!r}")
+    threads, libraries = record.get("threads", 0), record.get("libraries", {})
+    for count in threads if isinstance(threads, list) else [threads]:
+        _number(count, "the machine's number of threads")
+    if not isinstance(libraries, dict):
+        raise TypeError(f"the libraries are {libraries!r}")
+    return record
 
 
 def peak_memory(probes: dict[str, float]) -> dict[str, int]:
@@ -151,18 +197,19 @@ def peak_memory(probes: dict[str, float]) -> dict[str, int]:
 
 
 def _result(record: dict[str, Any], threads: int) -> CaseResult:
-    gate = GateResult(tuple(TensorError(**error) for error in record["gate"]["errors"]))
+    peak, probes = record["fma_peak_gflops"], _numbers(record["probes"], "the probes")
+    skipped = {str(name): str(reason) for name, reason in record["skipped"].items()}
     return CaseResult(
-        from_record(record["case"]),
-        gate,
+        _case(record["case"]),
+        _gate(record["gate"]),
         _timings(record["timings"]),
-        record["skipped"],
-        record["probes"],
-        record["fma_peak_gflops"],
-        record.get("threads", threads),
+        skipped,
+        probes,
+        None if peak is None else _number(peak, "the FMA peak"),
+        _number(record.get("threads", threads), "the number of threads"),
         _timings(record.get("cold", {})),
-        record.get("first_call_s", {}),
-        record.get("peak_memory_bytes", peak_memory(record["probes"])),
+        _numbers(record.get("first_call_s", {}), "the first calls"),
+        _numbers(record.get("peak_memory_bytes", peak_memory(probes)), "the peak memory"),
     )
 
 
@@ -175,12 +222,18 @@ def from_json(document: dict[str, Any]) -> list[CaseResult]:
     if not isinstance(document, dict) or document.get("format") not in _READABLE:
         known = " or ".join(map(str, _READABLE))
         raise ValueError(f"expected a result file of format {known}")
+    if document.get("kind") == "model":
+        raise ValueError("these are results of bench model; expected those of bench run")
     try:
-        threads = document["machine"].get("threads", 0)
+        threads = _machine(document["machine"]).get("threads", 0)
         threads = threads if isinstance(threads, int) else 0
+        if not isinstance(document["results"], list):
+            raise TypeError("the results are no list")
         return [_result(record, threads) for record in document["results"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the result file is damaged: {type(error).__name__} {error}") from error
+    except KeyError as error:
+        raise ValueError(f"the result file is damaged: {error} is missing or unknown") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"the result file is damaged: {error}") from error
 
 
 def load(path: Path) -> tuple[list[CaseResult], dict[str, Any]]:
@@ -190,11 +243,24 @@ def load(path: Path) -> tuple[list[CaseResult], dict[str, Any]]:
         OSError: The file cannot be read.
         ValueError: It is no result file.
     """
+    document = read_json(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
         return from_json(document), document["machine"]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not JSON, or ends too early.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON, or cut short: {error}") from error
 
 
 def check_writable(path: Path) -> None:

@@ -144,11 +144,12 @@ class _Session:
     def run(self) -> int:
         import dataclasses
 
-        from fastseq.bench import results, runner
+        from fastseq.bench import machine, results, runner
         from fastseq.bench.display import Display
 
         if self.file is not None:
             results.check_writable(self.file)
+        machine.warn_if_busy()
         display = Display(self.machine, self.cases, self.plan)
         plan = dataclasses.replace(self.plan, on_phase=display.phase)
         interrupted = False

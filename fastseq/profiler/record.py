@@ -148,6 +148,8 @@ class Recording:
 
     def _call(self, raw: Mapping[str, Any]) -> Call:
         threads = tuple(self._thread(thread) for thread in raw["threads"])
+        if self._check and not all(0 <= int(size) < 1 << 63 for size in raw["shape"].values()):
+            raise ValueError("sizes that no shape has")
         return Call(
             kernel=str(raw["kernel"]),
             variant=str(raw["variant"]),

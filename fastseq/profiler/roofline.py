@@ -13,8 +13,6 @@ from fastseq.profiler.summary import Row
 
 __all__ = ["page"]
 
-_WIDTH, _HEIGHT = 860, 540
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 36, 52
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --dim: #60646c; --paper: #ffffff; --line: #d9dce1;
@@ -27,8 +25,11 @@ body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--paper)
 h1 { font-size: 1.4rem; margin: 0 0 .25rem; }
 p { margin: .25rem 0 1rem; color: var(--dim); }
 svg { width: 100%; height: auto; display: block; }
+svg.narrow { display: none; }
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif; }
 svg .tick { fill: var(--dim); }
+svg .roof-label { paint-order: stroke; stroke: var(--paper); stroke-width: 4px;
+  stroke-linejoin: round; }
 .grid { stroke: var(--line); stroke-width: 1; }
 .roof { stroke: var(--roof); stroke-width: 2; fill: none; }
 .band { stroke: var(--band); stroke-width: 1.5; fill: none; }
@@ -37,15 +38,41 @@ svg .tick { fill: var(--dim); }
 .point:hover { fill-opacity: 1; stroke: var(--ink); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; white-space: nowrap; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
+th, td { padding: .25rem .45rem; text-align: right; border-bottom: 1px solid var(--line); }
+th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
-@media (max-width: 40rem) { svg text { font-size: 20px; } body { padding: .6rem; } }
+@media (max-width: 40rem) { svg.wide { display: none; } svg.narrow { display: block; }
+  body { padding: .6rem; } }
 """
+
+
+class _Frame(NamedTuple):
+    """A drawing and the margins around its axes, in units that are about a pixel each."""
+
+    name: str
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int
+    bottom: int
+
+
+# Text has one size in both; a single drawing, shrunk to a phone, could not be read.
+_FRAMES = (
+    _Frame("wide", 860, 540, 64, 24, 36, 52),
+    _Frame("narrow", 360, 400, 44, 20, 36, 52),
+)
+
+
+# Of a slope's label, "DRAM 123 GB/s", in the same units.
+_LABEL_LENGTH, _LABEL_HEIGHT = 85, 14
 
 
 class _Axes(NamedTuple):
     """Both axes logarithmic, in powers of ten."""
 
+    frame: _Frame
     x_low: float
     x_high: float
     y_low: float
@@ -53,11 +80,13 @@ class _Axes(NamedTuple):
 
     def x(self, intensity: float) -> float:
         share = (math.log10(intensity) - self.x_low) / (self.x_high - self.x_low)
-        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+        left, right = self.frame.left, self.frame.right
+        return left + share * (self.frame.width - left - right)
 
     def y(self, gflops: float) -> float:
         share = (math.log10(gflops) - self.y_low) / (self.y_high - self.y_low)
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+        bottom = self.frame.height - self.frame.bottom
+        return bottom - share * (bottom - self.frame.top)
 
 
 def page(
@@ -85,8 +114,11 @@ def page(
         f"{recording.outside_seconds() * 1e3:,.1f} ms outside the kernels."
     )
     points = [row for row in rows if row.gflops and row.intensity]
+    note = ""
     if points:
-        chart = _chart(points, _drawn_roofs(calls, roofs))
+        lines = _drawn_roofs(calls, roofs)
+        note = f" Roofs: {html.escape(', '.join(line.short for line in lines))}." if lines else ""
+        chart = "\n".join(_chart(points, lines, frame) for frame in _FRAMES)
     else:
         chart = "<p>No kernel with a matrix product ran, so there is no point to draw.</p>"
     return "\n".join(
@@ -98,9 +130,10 @@ def page(
             f"<h1>{title}</h1><p>{html.escape(about)}</p>",
             chart,
             "<p>A point is a kernel at one shape; its area is its share of the time. Horizontal "
-            "lines are multiply-add peaks, slopes are memory; dashed: one thread. Bytes are "
-            "modelled: the least that must move. A kernel that reads its weights again at every "
-            "step, or lies in a cache, is held to that roof in the table.</p>",
+            "lines are multiply-add peaks, slopes are what all threads together read of a "
+            "level of memory; dashed: one thread. Bytes are modelled: the least that must move. "
+            "A kernel that reads its weights again at every step, or lies in a cache, is held to "
+            f"that roof in the table.{note}</p>",
             _table(rows),
             "</body></html>",
             "",
@@ -112,6 +145,7 @@ class _Line(NamedTuple):
     """A roof: a peak in GFLOP/s, or a slope in GB/s."""
 
     label: str
+    short: str
     gflops: float | None
     gbytes: float | None
     single: bool
@@ -128,17 +162,19 @@ def _drawn_roofs(calls: Iterable[Call], roofs: Roofs | None) -> list[_Line]:
         for isa, dtype in used:
             peak = roofs.gflops(isa, dtype, threads)
             if peak:
-                lines.append(_Line(f"FMA {dtype} {isa} x{threads}", peak, None, single))
+                label = f"FMA {dtype} {isa} x{threads}"
+                lines.append(_Line(label, f"{label}: {peak:.0f}", peak, None, single))
         if single:
             continue
         for level in LEVELS:
             bandwidth = roofs.gbytes(level, "read", threads)
             if bandwidth:
-                lines.append(_Line(f"{level} read x{threads}", None, bandwidth, single))
+                label, short = f"{level} read x{threads}", f"{level} {bandwidth:.0f} GB/s"
+                lines.append(_Line(label, short, None, bandwidth, single))
     return lines
 
 
-def _axes(points: Sequence[Row], lines: Sequence[_Line]) -> _Axes:
+def _axes(points: Sequence[Row], lines: Sequence[_Line], frame: _Frame) -> _Axes:
     intensities = [row.intensity for row in points if row.intensity]
     rates = [row.gflops for row in points if row.gflops]
     rates += [line.gflops for line in lines if line.gflops]
@@ -149,6 +185,7 @@ def _axes(points: Sequence[Row], lines: Sequence[_Line]) -> _Axes:
         if peak.gflops and band.gbytes and not peak.single
     ]
     return _Axes(
+        frame,
         math.floor(math.log10(min([*intensities, *ridges])) - 0.3),
         math.ceil(math.log10(max([*intensities, *ridges])) + 0.1),
         math.floor(math.log10(min(rates)) - 0.1),
@@ -156,14 +193,18 @@ def _axes(points: Sequence[Row], lines: Sequence[_Line]) -> _Axes:
     )
 
 
-def _chart(points: Sequence[Row], lines: Sequence[_Line]) -> str:
-    axes = _axes(points, lines)
+def _chart(points: Sequence[Row], lines: Sequence[_Line], frame: _Frame) -> str:
+    axes = _axes(points, lines, frame)
     parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'<svg class="{frame.name}" viewBox="0 0 {frame.width} {frame.height}" role="img" '
         'aria-label="Rate of every kernel over its operations per byte, under the roofs">'
     ]
     parts += _grid(axes)
-    parts += [_roof_line(line, lines, axes) for line in lines]
+    taken: list[tuple[float, float]] = []
+    drawn = [_roof_line(line, lines, axes, taken) for line in lines]
+    # Text last, so that no line is drawn across it.
+    parts += [line for line, _ in drawn]
+    parts += [label for _, label in drawn]
     total = sum(row.total_s for row in points)
     # Large ones first, so that no small one lies hidden behind them.
     for row in sorted(points, key=lambda row: -row.total_s):
@@ -181,46 +222,52 @@ def _chart(points: Sequence[Row], lines: Sequence[_Line]) -> str:
 
 def _grid(axes: _Axes) -> list[str]:
     parts = []
-    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
+    frame = axes.frame
+    left, top = frame.left, frame.top
+    bottom, right = frame.height - frame.bottom, frame.width - frame.right
     for power in range(int(axes.x_low), int(axes.x_high) + 1):
         x = axes.x(10.0**power)
         parts.append(
-            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>'
+            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>'
             f'<text class="tick" x="{x:.1f}" y="{bottom + 20}" text-anchor="middle">'
             f"{10.0**power:g}</text>"
         )
     for power in range(int(axes.y_low), int(axes.y_high) + 1):
         y = axes.y(10.0**power)
         parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
+            f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">'
             f"{10.0**power:g}</text>"
         )
-    middle = (_LEFT + right) / 2
+    middle = (left + right) / 2
     parts.append(
-        f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">flop per byte (modelled)</text>'
-        f'<text x="14" y="{_TOP - 16}" text-anchor="start">GFLOP/s</text>'
+        f'<text x="{middle}" y="{frame.height - 8}" text-anchor="middle">'
+        "flop per byte (modelled)</text>"
+        f'<text x="14" y="{top - 16}" text-anchor="start">GFLOP/s</text>'
     )
     return parts
 
 
-def _roof_line(line: _Line, lines: Sequence[_Line], axes: _Axes) -> str:
-    """A peak from where it meets the fastest memory, or a slope up to the highest peak."""
+def _roof_line(
+    line: _Line, lines: Sequence[_Line], axes: _Axes, taken: list[tuple[float, float]]
+) -> tuple[str, str]:
+    """A peak from where it meets the fastest memory, or a slope up to the highest peak; its label.
+
+    Levels of memory may be close: a slope's label stands at the foot, or further up where another
+    one is in the way (``taken`` has their places), or is left to the note below the drawing.
+    """
     left, right = 10**axes.x_low, 10**axes.x_high
     style = " single" if line.single else ""
-    label = html.escape(line.label)
+    label, short = html.escape(line.label), html.escape(line.short)
     if line.gflops:
         fastest = max([other.gbytes for other in lines if other.gbytes], default=0.0)
         start = max(left, line.gflops / fastest) if fastest else left
         y, x = axes.y(line.gflops), axes.x(right)
-        # Right of where the slowest memory meets the peak: kernels that multiply lie further right.
-        slowest = min([other.gbytes for other in lines if other.gbytes], default=0.0)
-        ridge = min(max(left, line.gflops / slowest), right) if slowest else left
         return (
             f'<line class="roof{style}" x1="{axes.x(start):.1f}" x2="{x:.1f}" '
-            f'y1="{y:.1f}" y2="{y:.1f}"><title>{label}: {line.gflops:.1f} GFLOP/s</title></line>'
-            f'<text x="{axes.x(ridge) + 10:.1f}" y="{y - 5:.1f}">{label}: '
-            f"{line.gflops:.0f}</text>"
+            f'y1="{y:.1f}" y2="{y:.1f}"><title>{label}: {line.gflops:.1f} GFLOP/s</title></line>',
+            f'<text class="roof-label" x="{x - 4:.1f}" y="{y - 5:.1f}" text-anchor="end">'
+            f"{short}</text>",
         )
     assert line.gbytes
     highest = max([other.gflops for other in lines if other.gflops], default=10**axes.y_high)
@@ -234,14 +281,28 @@ def _roof_line(line: _Line, lines: Sequence[_Line], axes: _Axes) -> str:
         axes.y(end * line.gbytes),
     )
     angle = math.degrees(math.atan2(y2 - y1, x2 - x1))
-    at_x, at_y = x1 + 0.06 * (x2 - x1), y1 + 0.06 * (y2 - y1)
-    return (
+    shown = (
         f'<line class="band" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}">'
         f"<title>{label}: {line.gbytes:.1f} GB/s</title></line>"
-        f'<text x="{at_x:.1f}" y="{at_y - 4:.1f}" '
-        f'transform="rotate({angle:.1f} {at_x:.1f} {at_y:.1f})">'
-        f"{label}: {line.gbytes:.0f} GB/s</text>"
     )
+    for share in (0.06, 0.52):
+        at_x, at_y = x1 + share * (x2 - x1), y1 + share * (y2 - y1)
+        if any(_clash((at_x, at_y), other, angle) for other in taken):
+            continue
+        taken.append((at_x, at_y))
+        return (
+            shown,
+            f'<text class="roof-label" x="{at_x:.1f}" y="{at_y:.1f}" dy="-4" '
+            f'transform="rotate({angle:.1f} {at_x:.1f} {at_y:.1f})">{short}</text>',
+        )
+    return shown, ""
+
+
+def _clash(one: tuple[float, float], other: tuple[float, float], angle: float) -> bool:
+    """Whether two labels of slopes, which are all as steep, would touch."""
+    cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    x, y = one[0] - other[0], one[1] - other[1]
+    return abs(x * cosine + y * sine) < _LABEL_LENGTH and abs(y * cosine - x * sine) < _LABEL_HEIGHT
 
 
 def _hover(row: Row) -> str:

@@ -166,8 +166,25 @@ class Roofs:
                 version=str(fields["version"]),
                 threads=tuple(int(count) for count in fields["threads"]),
                 measured=str(fields["measured"]),
-                multiply_adds=tuple(MultiplyAdds(**peak) for peak in fields["multiply_adds"]),
-                bandwidths=tuple(Bandwidth(**band) for band in fields["bandwidths"]),
+                multiply_adds=tuple(
+                    MultiplyAdds(
+                        isa=str(peak["isa"]),
+                        dtype=str(peak["dtype"]),
+                        threads=int(peak["threads"]),
+                        gflops=float(peak["gflops"]),
+                    )
+                    for peak in fields["multiply_adds"]
+                ),
+                bandwidths=tuple(
+                    Bandwidth(
+                        level=str(band["level"]),
+                        kind=str(band["kind"]),
+                        threads=int(band["threads"]),
+                        bytes_per_thread=int(band["bytes_per_thread"]),
+                        gbytes=float(band["gbytes"]),
+                    )
+                    for band in fields["bandwidths"]
+                ),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not measured roofs: {error!r}") from error

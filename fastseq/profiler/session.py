@@ -27,6 +27,10 @@ __all__ = ["MAX_CALLS", "MAX_SLICES", "Profile", "profile"]
 # Python needs about 4 kB for a call of two threads; the kernels keep at most 96 MiB of slices.
 MAX_CALLS, MAX_SLICES = 20_000, 1_000
 _FORMAT = 1
+NO_KERNELS = "no kernels ran inside the profile"
+_WHY_NONE = "is the model made of fastseq's layers, and did none of them fall back to torch?"
+# A kernel so far beyond its roof says that the roof is wrong; less is the noise of both.
+_BEYOND_ROOF = 1.1
 
 # The kernels have one recorder, and Python one beside it.
 _running = threading.Lock()
@@ -131,12 +135,7 @@ class Profile:
         self._recording = Recording(raw)
         # Kernels on a device only leave ranges.
         if not self._recording.calls and not self._ranges.count and error is None:
-            warnings.warn(
-                "no kernels ran inside the profile: is the model made of fastseq's layers, "
-                "and did none of them fall back to torch?",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warnings.warn(f"{NO_KERNELS}: {_WHY_NONE}", RuntimeWarning, stacklevel=2)
 
     def _finished(self) -> Recording:
         if self._recording is None:
@@ -226,15 +225,15 @@ class Profile:
         recording = self._finished()
         rows = self.rows(sort, group)
         shown = _visible(rows)
-        lines = table.lines(shown, width) if rows else ["no kernels ran"]
+        lines = table.lines(shown, width) if rows else [f"{NO_KERNELS}: {_WHY_NONE}"]
         if len(shown) < len(rows):
             lines.append("phases of less than 0.1 % of their kernel are not shown")
-        return "\n".join([*lines, "", *self._footer(recording)])
+        return "\n".join([*lines, "", *self._footer(recording, rows)])
 
     def __str__(self) -> str:
         return "a running profile" if self._recording is None else self.text()
 
-    def _footer(self, recording: Recording) -> list[str]:
+    def _footer(self, recording: Recording, rows: list[Row]) -> list[str]:
         outside = recording.outside_seconds()
         wall = recording.wall_seconds
         share = 100 * outside / wall if wall > 0 else 0.0
@@ -252,6 +251,11 @@ class Profile:
                 f"roofs of {self._roofs.cpu} (measured {self._roofs.measured}); "
                 "fastseq roof shows them"
             )
+            if any((row.roof_share or 0.0) > _BEYOND_ROOF for row in rows):
+                lines.append(
+                    "above 100 % of a roof: the roofs were measured while something else ran; "
+                    "fastseq roof --measure does it again"
+                )
         elif recording.calls and self._foreign:
             lines.append("no roofs: this profile was read from a file that has none")
         elif recording.calls:
@@ -347,6 +351,7 @@ class Profile:
         try:
             result._recording = Recording(document["recorded"], check=True)
             result._machine = dict(document["machine"])
+            result._machine["libraries"] = dict(result._machine.get("libraries", {}))
             if document["roofs"] is not None:
                 result._roofs = Roofs.from_dict(document["roofs"])
             if document["hardware_counters"] is not None:

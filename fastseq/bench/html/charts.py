@@ -241,6 +241,7 @@ def roofline(
     place_x = logarithmic(left, right, _LEFT, WIDTH - _RIGHT)
     place_y = logarithmic(low, high, HEIGHT - _BOTTOM, _TOP)
     lines = []
+    drawn = 0
     for name, bandwidth in bandwidths.items():
         # Where the slope comes into the drawing, and where it meets the flat roof; one that lies
         # outside is not drawn.
@@ -252,8 +253,15 @@ def roofline(
         x2, y2 = place_x(end), place_y(bandwidth * end)
         slope = math.atan2(y2 - y1, x2 - x1)
         # The text lies along the line, or only in the note if it is longer than that.
-        fits = math.hypot(x2 - x1, y2 - y1) > _LETTER * (len(name) + 1)
-        at = (x1 + 4 * math.cos(slope) + 4 * math.sin(slope), y1 + 4 * math.sin(slope) - 4)
+        length, needed = math.hypot(x2 - x1, y2 - y1), _LETTER * (len(name) + 1)
+        fits = length > needed
+        # At the foot and the top by turns: two levels of memory may be almost as fast.
+        along = length - needed if drawn % 2 else 4.0
+        drawn += 1
+        at = (
+            x1 + along * math.cos(slope) + 4 * math.sin(slope),
+            y1 + along * math.sin(slope) - 4 * math.cos(slope),
+        )
         lines.append(
             Line(
                 name,

@@ -12,12 +12,12 @@ from typing import Any
 def _roofs(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
+    from fastseq.profiler.roofs import Roofs
+
     try:
-        roofs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        list(map(dict, roofs["bandwidths"]))
-    except (KeyError, TypeError, ValueError) as error:
+        return Roofs.from_dict(json.loads(path.read_text(encoding="utf-8"))).to_dict()
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: not written by fastseq roof --json") from error
-    return roofs
 
 
 def _action(arguments: argparse.Namespace) -> int:
