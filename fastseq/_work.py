@@ -140,9 +140,23 @@ class RecurrentSizes(NamedTuple):
         """Operations of the gradients of all weights: as many as forward."""
         return self.forward_flops()
 
-    def backward_flops(self, needs_x: bool = True, needs_w: bool = True) -> int:
+    def handed_back(self, rows: int | None = None) -> int:
+        """Operations of the way back through time.
+
+        Args:
+            rows: Those of all directions that hand a gradient on to the step before; all of them
+                unless given. The step that a direction begins with hands nothing on where the
+                initial state has no gradient.
+        """
+        if rows is None:
+            return self.recurrent_product()
+        return 2 * rows * self.recurrent_rows * self.output_size
+
+    def backward_flops(
+        self, needs_x: bool = True, needs_w: bool = True, handed_on: int | None = None
+    ) -> int:
         """The way back through time, and the gradients of input and weights where asked for."""
-        flops = self.recurrent_product() + self.projection()
+        flops = self.handed_back(handed_on) + self.projection()
         if needs_x:
             flops += self.input_product()
         if needs_w:

@@ -149,6 +149,18 @@ def test_other_machine_is_a_warning(
     assert machine_differences(small["machine"], small["machine"]) == []
 
 
+def test_a_stopped_run_is_a_warning(
+    tmp_path: Path, small: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = write(tmp_path / "a.json", small)
+    b = write(tmp_path / "b.json", small | {"complete": False})
+    assert run(a, b) == 0
+    expected = f"{b}: the run was stopped after {len(small['results'])} runs\n"
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert errors.endswith(expected)
+
+
 def test_format_1_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
     path = str(ROOT / "benchmarks" / "results" / "rnn.json")
     assert run(path, path, "--fail-below", "1") == 0

@@ -278,6 +278,14 @@ def test_command_writes_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == ""
 
 
+def test_command_says_that_a_run_was_stopped(tmp_path: Path, document: dict[str, Any]) -> None:
+    path, page = tmp_path / "stopped.json", tmp_path / "page.html"
+    path.write_text(json.dumps(document | {"complete": False}), encoding="utf-8")
+    assert command.main(["report", str(path), "--html", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert f"after {len(document['results'])} runs" in text
+
+
 def test_command_rejects_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad, empty, good = tmp_path / "bad.json", tmp_path / "empty.json", tmp_path / "good.json"
     bad.write_text("{")

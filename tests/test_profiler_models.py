@@ -10,6 +10,7 @@ from kernels import COMPOSITES, HAS_EXTENSION, needs_extension
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastseq
+from fastseq._cells import GATES
 from fastseq._work import (
     AttentionSizes,
     LinearSizes,
@@ -22,6 +23,7 @@ from fastseq.bench.cases import CaseOptions, make_case
 from fastseq.bench.transformer_cases import TransformerOptions, make_transformer_case
 from fastseq.profiler.models import Model, model
 from fastseq.profiler.record import Call
+from fastseq.profiler.summary import shape_label
 
 # What torch says about its own layers is not about ours.
 pytestmark = [
@@ -75,6 +77,34 @@ def test_recurrent_layer_counts_what_torch_counts(cell: str, needs_x: bool, need
     calls = by_kernel(recorded(lambda: ours(x, state)[0].sum().backward()))
     assert modelled(calls["rnn_forward"]).flops == forward.get_total_flops()
     assert modelled(calls["rnn_backward"]).flops == backward.get_total_flops()
+
+
+@needs_extension
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("steps", [1, 6])
+def test_first_steps_hand_nothing_on_to_a_state_without_gradient(
+    cell: str, bidirectional: bool, steps: int
+) -> None:
+    module = getattr(fastseq.nn, CELLS[cell])(5, 8, bidirectional=bidirectional)
+    x = torch.randn(steps, 4, 5, requires_grad=True)
+    output = module(x)[0].sum()
+    with FlopCounterMode(display=False) as backward:
+        output.backward()
+    call = by_kernel(recorded(lambda: module(x)[0].sum().backward()))["rnn_backward"]
+    assert modelled(call).flops == backward.get_total_flops()
+    one_step = 2 * 4 * (2 if bidirectional else 1) * 8 * 8 * GATES[cell]
+    assert modelled(call).phase_flops["recurrent product"] == (steps - 1) * one_step
+    assert "handed" not in shape_label(call)
+
+
+@needs_extension
+def test_first_steps_of_padded_sequences() -> None:
+    module, x = fastseq.nn.GRU(5, 8, bidirectional=True), torch.randn(6, 4, 5)
+    lengths = [6, 0, 3, 1]
+    call = by_kernel(recorded(lambda: module(x, lengths=lengths)[0].sum().backward()))
+    # Ten rows each way; three sequences begin at step 0, one of them ends at the last step.
+    assert call["rnn_backward"].shape["rows_handed_on"] == (10 - 3) + (10 - 1)
 
 
 @needs_extension

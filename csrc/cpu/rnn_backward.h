@@ -454,6 +454,17 @@ struct RnnBackward {
   };
 };
 
+// Rows of all directions that multiply with the recurrent weights on the way back: the step that a direction begins with does
+// so only for the gradient of an initial state.
+FS_INLINE int64_t rows_handed_on(const fastseq_rnn_backward& call) {
+  const fastseq_rnn_shape& shape = call.shape;
+  auto rows_at = [&](int64_t t) { return shape.batch_sizes ? shape.batch_sizes[t] : shape.batch; };
+  int64_t rows = 0;
+  for (int64_t t = 0; t < shape.steps; ++t) rows += shape.directions * rows_at(t);
+  if (call.grad_initial_hidden || !shape.steps) return rows;
+  return rows - rows_at(0) - (shape.directions == 2 ? rows_at(shape.steps - 1) : 0);
+}
+
 template <class T, class Cell>
 int rnn_backward(const fastseq_rnn_backward* call) {
   ProfiledCall profiled;
@@ -463,6 +474,7 @@ int rnn_backward(const fastseq_rnn_backward* call) {
     profile_size("bias", call->weights[0].input_bias != nullptr);
     profile_size("needs_x", call->grad_x.data != nullptr);
     profile_size("needs_w", wanted.input || wanted.hidden || wanted.projection);
+    profile_size("rows_handed_on", rows_handed_on(*call));
   }
   return RnnBackward<T, Cell>(*call).run();
 }

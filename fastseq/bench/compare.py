@@ -233,7 +233,7 @@ def _mean_line(comparison: Comparison) -> str:
 def _action(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from fastseq.bench.results import PEERS, load
+    from fastseq.bench.results import PEERS, STOPPED, load
 
     limit: float | None = arguments.fail_below
     if limit is not None and not limit > 0:
@@ -243,6 +243,12 @@ def _action(arguments: argparse.Namespace) -> int:
     (before, machine_before), (after, machine_after) = load(arguments.before), load(arguments.after)
     comparison = compare(before, after, PEERS.get(arguments.peer, arguments.peer))
     differences = machine_differences(machine_before, machine_after)
+    for path, machine in ((arguments.before, machine_before), (arguments.after, machine_after)):
+        if STOPPED in machine:
+            print(
+                f"fastseq bench: warning: {path}: the run was stopped {machine[STOPPED]}",
+                file=sys.stderr,
+            )
     if differences:
         print(f"fastseq bench: warning: machines differ: {'; '.join(differences)}", file=sys.stderr)
     # Without a terminal to ask, rich assumes 80 columns and cuts the names.

@@ -236,8 +236,12 @@ def from_json(document: dict[str, Any]) -> list[CaseResult]:
         raise ValueError(f"the result file is damaged: {error}") from error
 
 
+# What `load` adds to the machine's record of a run that was stopped.
+STOPPED = "stopped early"
+
+
 def load(path: Path) -> tuple[list[CaseResult], dict[str, Any]]:
-    """Results and machine record of a file.
+    """Results and machine record of a file; the record says so if the run did not come to its end.
 
     Raises:
         OSError: The file cannot be read.
@@ -245,9 +249,12 @@ def load(path: Path) -> tuple[list[CaseResult], dict[str, Any]]:
     """
     document = read_json(path)
     try:
-        return from_json(document), document["machine"]
+        results, machine = from_json(document), document["machine"]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if document.get("complete") is False:
+        machine = machine | {STOPPED: f"after {len(results)} runs"}
+    return results, machine
 
 
 def read_json(path: Path) -> Any:

@@ -104,15 +104,16 @@ def _rnn_forward(call: Call) -> _Parts:
 def _rnn_backward(call: Call) -> _Parts:
     sizes = _recurrent_sizes(call)
     needs_x, needs_w = bool(call.shape["needs_x"]), bool(call.shape["needs_w"])
+    handed_on = call.shape.get("rows_handed_on")
     phases = {
-        "recurrent product": sizes.recurrent_product(),
+        "recurrent product": sizes.handed_back(handed_on),
         "projection": sizes.projection(),
-        "recurrence": sizes.recurrent_product() + sizes.projection(),
+        "recurrence": sizes.handed_back(handed_on) + sizes.projection(),
         "input gradient": sizes.input_product() if needs_x else 0,
         "weight gradient": sizes.weight_gradient() if needs_w else 0,
     }
     return (
-        sizes.backward_flops(needs_x, needs_w),
+        sizes.backward_flops(needs_x, needs_w, handed_on),
         sizes.backward_traffic(needs_x, needs_w),
         phases,
         (sizes.recurrent_weights(), call.shape["T"]),

@@ -115,6 +115,8 @@ def _is_usual(name: str, size: int, shape: Any) -> bool:
     """A size that the others imply."""
     if name == "rows":
         return size == shape.get("T", 0) * shape.get("B", 0)
+    if name == "rows_handed_on":  # follows from the rows and from whether the state has a gradient
+        return True
     if name == "pairs":
         return size == shape.get("B", 0) * shape.get("Sq", 0) * shape.get("Skv", 0)
     if name == "query_rows":
