@@ -272,6 +272,23 @@ def test_not_a_number_and_infinity_pass_through() -> None:
         torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 13, 32])
+@pytest.mark.parametrize("input_size", [256, 250])
+def test_products_of_few_rows_have_the_same_bits(rows: int, input_size: int) -> None:
+    """Sums of 1024 terms, few of them: torch's products split these over threads."""
+    case = Case("lstm", steps=1, batch=rows, input_size=input_size, hidden_size=256)
+    drawn = arguments(case, torch.float32)
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(run(case, "fastseq", torch.float32, drawn=drawn))
+    finally:
+        torch.set_num_threads(before)
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
 def test_padded_units() -> None:
     for item_bytes in (4, 8):
         columns = 2 * vectors.lanes(item_bytes)

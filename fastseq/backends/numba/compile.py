@@ -13,7 +13,7 @@ from numba.core import event
 
 __all__ = ["compiled", "sources_digest"]
 
-_RECURRENT = ("arguments", "intrinsics", "matrix_vector", "product", "step", "vectors")
+_RECURRENT = ("arguments", "intrinsics", "matrix", "product", "step", "vectors")
 _log = logging.getLogger("fastseq")
 
 

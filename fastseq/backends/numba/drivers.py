@@ -3,7 +3,7 @@
 A task is one direction and every n-th of its sequences, from the first step to the last, so that
 threads never wait for each other. Sequences are dealt out in turn because packed ones come longest
 first. Matrix products that do not wait for the recurrence (with the input, and those of all weight
-gradients) are torch's and happen before and after, in ``recurrent.py``.
+gradients) happen before and after, in ``large_products.py``.
 
 Nothing in here is specific to a cell but its key, by which Numba files the compiled code.
 """
@@ -126,8 +126,11 @@ def forward_kernel(plan: Plan, item_bytes: int) -> Any:
                         a[PRODUCT],
                         recurrent,
                         recurrent_stride,
+                        1,
                         rows,
                         a[d + WEIGHTS],
+                        panel_columns,
+                        width * panel_columns,
                         width,
                         panels,
                         to,
@@ -163,8 +166,11 @@ def forward_kernel(plan: Plan, item_bytes: int) -> Any:
                         a[PRODUCT],
                         states_first,
                         splits * states * units,
+                        1,
                         rows,
                         a[d + PROJECTION],
+                        panel_columns,
+                        hidden * panel_columns,
                         hidden,
                         width_units // panel_columns,
                         recurrent,
@@ -244,8 +250,11 @@ def backward_kernel(plan: Plan, item_bytes: int) -> Any:
                         a[PRODUCT],
                         hidden_state,
                         hidden_stride,
+                        1,
                         rows,
                         a[d + PROJECTION],
+                        panel_columns,
+                        width * panel_columns,
                         width,
                         units // panel_columns,
                         states_first,
@@ -284,8 +293,11 @@ def backward_kernel(plan: Plan, item_bytes: int) -> Any:
                             a[PRODUCT],
                             left,
                             gradient_stride,
+                            1,
                             rows,
                             weights,
+                            panel_columns,
+                            hidden * panel_columns,
                             hidden,
                             panels,
                             recurrent,

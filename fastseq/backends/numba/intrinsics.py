@@ -41,9 +41,9 @@ _INT64 = ir.IntType(64)
 TERMS = 256
 
 
-# What kernels.product takes: left, left_stride, rows, weights, terms, panels, result,
-# result_stride, few.
-PRODUCT_ARGUMENTS = 9
+# What product.py's product takes: left, left_stride, left_term, rows, weights, weights_stride,
+# panel_stride, terms, panels, result, result_stride, few.
+PRODUCT_ARGUMENTS = 12
 
 
 def _number(value: int) -> ir.Constant:
@@ -84,8 +84,11 @@ def product(
     function: Any,
     left: Any,
     left_stride: Any,
+    left_term: Any,
     rows: Any,
     weights: Any,
+    weights_stride: Any,
+    panel_stride: Any,
     terms: Any,
     panels: Any,
     result: Any,
@@ -166,7 +169,9 @@ def tile(
     sums: Any,
     left: Any,
     left_stride: Any,
+    left_term: Any,
     panel: Any,
+    panel_stride: Any,
     terms: Any,
     result: Any,
     result_stride: Any,
@@ -176,14 +181,15 @@ def tile(
     ``item_bytes``, ``rows`` and ``sums`` are constants; ``sums`` is in how many the terms of one
     element are added up, which keeps the multipliers busy where there are few rows. ``left`` is
     [rows, terms] and ``result`` [rows, two vectors], with ``left_stride`` and ``result_stride``
-    elements from row to row; ``panel`` is [terms, two vectors].
+    elements from row to row and ``left_term`` from term to term; ``panel`` is [terms, two vectors]
+    with ``panel_stride`` from term to term.
     """
     width, count, split = item_bytes.literal_value, rows.literal_value, sums.literal_value
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        left_address, left_step, weights, terms_count, to, to_step = args[3:]
+        left_address, left_step, left_term_step, weights, weights_step = args[3:8]
+        terms_count, to, to_step = args[8:]
         v = Vectors(builder, width)
-        columns = 2 * v.count
         bytes_per_item = _number(width)
         starts = [
             builder.add(
@@ -202,11 +208,11 @@ def tile(
 
         def step(k: Any, totals: list[Any], which: int) -> list[Any]:
             """Term k, added to the sums number ``which``."""
-            at = builder.mul(k, _number(columns))
+            at, term = builder.mul(k, weights_step), builder.mul(k, left_term_step)
             w = [v.load(weights, at), v.load(weights, builder.add(at, _number(v.count)))]
             totals = list(totals)
             for r in range(count):
-                a = v.load_broadcast(starts[r], k)
+                a = v.load_broadcast(starts[r], term)
                 for half in range(2):
                     index = (which * count + r) * 2 + half
                     totals[index] = v.multiply_add(a, w[half], totals[index])
@@ -272,7 +278,7 @@ def tile(
                 v.store(v.add(v.load(row, offset), parts[0]), row, offset)
         return context.get_dummy_value()
 
-    integers = [types.int64] * 6
+    integers = [types.int64] * 8
     return types.void(item_bytes, rows, sums, *integers), generate
 
 

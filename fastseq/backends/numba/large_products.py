@@ -1,6 +1,7 @@
 """The products that do not wait for the recurrence: one of all rows with one matrix each.
 
-torch does them, with all its threads, straight into and out of the drivers' memory.
+torch does them, with all its threads, straight into and out of the drivers' memory, but where rows
+are few: there its bits would depend on the number of threads, or on how far apart rows lie.
 """
 
 from __future__ import annotations
@@ -11,35 +12,58 @@ import torch
 from torch import Tensor
 
 from fastseq.backends.numba.call import Call
-from fastseq.backends.numba.weights import by_gate, by_slot
+from fastseq.backends.numba.matrix_pack import panel_columns
+from fastseq.backends.numba.matrix_product import as_it_lies, multiply
+from fastseq.backends.numba.matrix_rows import fill_slots
+from fastseq.backends.numba.weights import blocks_in_order, by_gate, by_slot
 from fastseq.backends.reference_cells import CellWeights
 from fastseq.cells.plan import Plan
 
 __all__ = ["both_products", "input_gradient", "input_product", "weight_gradients"]
+
+# Up to so many rows a product is ours.
+_FEW_ROWS = 32
 
 
 def input_product(plan: Plan, call: Call, w: CellWeights, records: Tensor) -> None:
     """``W_ih x + b_ih``, and ``b_hh`` of gates that are sums, into the slots of all rows."""
     if w.input is None:
         return
-    units, hidden = call.units, call.hidden
-    gates = plan.input_gates
+    units, hidden, gates = call.units, call.hidden, plan.input_gates
+    bias = None
+    if w.input_bias is not None:
+        bias = by_slot(w.input_bias, gates, hidden, units)
+        both = len(gates) - plan.hidden_first
+        if both and w.hidden_bias is not None:
+            sums = by_slot(w.hidden_bias, plan.hidden_gates, hidden, units)[: both * units]
+            bias = bias.clone()
+            bias[plan.hidden_first * units :] += sums
+    if call.rows.size(0) <= _FEW_ROWS:
+        size = w.input.element_size()
+        block = hidden * w.input.size(1) * size
+        address = w.input.data_ptr()
+        biases = [0] * len(gates)
+        if bias is not None:
+            biases = [bias.data_ptr() + slot * units * size for slot in range(len(gates))]
+        of_slots = [
+            (address + number * block, at, 0, 0)
+            for number, at in zip(blocks_in_order(gates), biases, strict=True)
+        ]
+        fill_slots(records, hidden, units, of_slots, call.rows, None)
+        return
     matrix = by_slot(w.input.contiguous(), gates, hidden, units)
     slots = records[:, : len(gates) * units]
-    if w.input_bias is None:
+    if bias is None:
         torch.mm(call.rows, matrix.t(), out=slots)
-        return
-    bias = by_slot(w.input_bias, gates, hidden, units)
-    both = len(gates) - plan.hidden_first
-    if both and w.hidden_bias is not None:
-        sums = by_slot(w.hidden_bias, plan.hidden_gates, hidden, units)[: both * units]
-        bias = bias.clone()
-        bias[plan.hidden_first * units :] += sums
-    torch.addmm(bias, call.rows, matrix.t(), out=slots)
+    else:
+        torch.addmm(bias, call.rows, matrix.t(), out=slots)
 
 
 def both_products(plan: Plan, call: Call, w: CellWeights, states: Tensor, records: Tensor) -> None:
     """All slots of a single step, from weights as they lie: packing them would take longer."""
+    if call.rows.size(0) <= _FEW_ROWS:
+        _both_of_few_rows(plan, call, w, states, records)
+        return
     units, hidden = call.units, call.hidden
     from_input = from_hidden = None
     if w.input is not None:
@@ -73,25 +97,66 @@ def both_products(plan: Plan, call: Call, w: CellWeights, states: Tensor, record
             to.copy_(parts[0])
 
 
+def _both_of_few_rows(
+    plan: Plan, call: Call, w: CellWeights, states: Tensor, records: Tensor
+) -> None:
+    hidden = call.hidden
+    state = None
+    if w.hidden is not None:
+        state = states[: call.rows.size(0), plan.recurrent_state, :hidden]
+    input_blocks, hidden_blocks = sorted(plan.input_gates), sorted(plan.hidden_gates)
+    of_slots = []
+    for slot in plan.slots:
+        addresses = []
+        for matrix, bias, blocks, other in (
+            (w.input, w.input_bias, input_blocks, "h"),
+            (w.hidden, w.hidden_bias, hidden_blocks, "x"),
+        ):
+            if matrix is None or slot.kind == other:
+                addresses += [0, 0]
+                continue
+            first = blocks.index(slot.gate) * hidden
+            addresses += [
+                matrix.data_ptr() + first * matrix.size(1) * matrix.element_size(),
+                0 if bias is None else bias.data_ptr() + first * bias.element_size(),
+            ]
+        of_slots.append((addresses[0], addresses[1], addresses[2], addresses[3]))
+    fill_slots(records, hidden, call.units, of_slots, call.rows, state)
+
+
 def input_gradient(
     plan: Plan, call: Call, by_direction: Sequence[CellWeights], gradients: Tensor, input: Tensor
 ) -> Tensor:
     """``sum over directions of gradient of W_ih x @ W_ih``, laid out as the input's rows are."""
-    units, gates = call.units, plan.input_gates
-    grad_rows = input.new_empty((call.rows.size(0), input.size(-1)))
+    units, gates, hidden = call.units, plan.input_gates, call.hidden
+    rows, features = call.rows.size(0), input.size(-1)
+    columns = panel_columns(input.element_size())
+    few = rows <= _FEW_ROWS
+    # Of few rows whole panels are written, of which the last may stick out.
+    width = (features + columns - 1) // columns * columns if few else features
+    wide = input.new_empty((rows, width))
     for direction, w in enumerate(by_direction):
         if w.input is None:
-            grad_rows.zero_()
+            wide.zero_()
             continue
-        matrix = by_slot(w.input.contiguous(), gates, call.hidden, units)
         from_slots = gradients[direction][:, : len(gates) * units]
-        if direction:
-            grad_rows.addmm_(from_slots, matrix)
+        order, matrix = blocks_in_order(gates), w.input.contiguous()
+        if not few:
+            matrix = by_slot(matrix, gates, hidden, units)
+            if direction:
+                wide.addmm_(from_slots, matrix)
+            else:
+                torch.mm(from_slots, matrix, out=wide)
+        elif units == hidden and order == sorted(order):
+            right = as_it_lies(matrix, [0], matrix.size(0))
+            multiply(from_slots, right, wide, add=direction > 0)
         else:
-            torch.mm(from_slots, matrix, out=grad_rows)
+            right = as_it_lies(matrix, order, hidden)
+            multiply(from_slots, right, wide, left_step=units, add=direction > 0)
+    grad_rows = wide[:, :features].contiguous()
     if input.dim() == 2:
         return grad_rows
-    first, second, features = input.shape
+    first, second, _ = input.shape
     inner_is_second = call.order.stride == 1
     batch_is_first = call.batch == first and call.steps == second
     if first == second:
@@ -107,6 +172,11 @@ _LONGEST_SUM = 256
 
 def _sum_over_rows(left: Tensor, right: Tensor) -> Tensor:
     """``left.t() @ right``, whose sums over rows go by way of the result in parts."""
+    if left.shape[0] <= _FEW_ROWS:
+        factor = as_it_lies(right, [0], right.shape[0])
+        wide = right.new_zeros((left.shape[1], factor.panels * panel_columns(right.element_size())))
+        multiply(left.t(), factor, wide, add=True)
+        return wide[:, : factor.columns].contiguous()
     total = torch.mm(left[:_LONGEST_SUM].t(), right[:_LONGEST_SUM])
     for begin in range(_LONGEST_SUM, left.shape[0], _LONGEST_SUM):
         rows = slice(begin, begin + _LONGEST_SUM)
@@ -137,9 +207,8 @@ def weight_gradients(
             column = plan.recurrent_entry * units
             if call.projected:
                 column = plan.columns * units
-            before = records[:, column : column + call.width_units]
-            grad = _sum_over_rows(from_hidden, before)[:, : call.width]
-            grad = by_gate(grad.contiguous(), plan.hidden_gates, hidden, units)
+            grad = _sum_over_rows(from_hidden, records[:, column : column + call.width])
+            grad = by_gate(grad, plan.hidden_gates, hidden, units)
         found.append(grad)
     sums = None
     if any(needs[len(found) :]):

@@ -34,9 +34,12 @@ def product_kernel(item_bytes: int) -> Any:
 
     def product(
         left: int,  # [rows, terms], address
-        left_stride: int,
+        left_stride: int,  # from row to row
+        left_term: int,  # from term to term
         rows: int,
         weights: int,  # [panels, terms, columns], address
+        weights_stride: int,  # from term to term
+        panel_stride: int,  # from panel to panel
         terms: int,
         panels: int,
         result: int,  # [rows, panels * columns], address
@@ -48,45 +51,46 @@ def product_kernel(item_bytes: int) -> Any:
         tiles = (rows + most_rows - 1) // most_rows
         for panel in range(panels):
             for start in range(0, terms, most_terms):
-                count = min(most_terms, terms - start)
-                block = weights + (panel * terms + start) * columns * item_bytes
-                a = left + start * item_bytes
+                n = min(most_terms, terms - start)
+                w = weights + (panel * panel_stride + start * weights_stride) * item_bytes
+                a = left + start * left_term * item_bytes
                 to = result + panel * columns * item_bytes
+                ls, lt, ws, rs = left_stride, left_term, weights_stride, result_stride
                 if few:
                     if rows == 1:
-                        tile(item_bytes, 1, 4, a, left_stride, block, count, to, result_stride)
+                        tile(item_bytes, 1, 4, a, ls, lt, w, ws, n, to, rs)
                     elif rows == 2:
-                        tile(item_bytes, 2, 4, a, left_stride, block, count, to, result_stride)
+                        tile(item_bytes, 2, 4, a, ls, lt, w, ws, n, to, rs)
                     continue
                 for index in range(tiles):
                     first = rows * index // tiles
                     height = rows * (index + 1) // tiles - first
-                    b = a + first * left_stride * item_bytes
-                    c = to + first * result_stride * item_bytes
+                    b = a + first * ls * item_bytes
+                    c = to + first * rs * item_bytes
                     if height == 1:
-                        tile(item_bytes, 1, 1, b, left_stride, block, count, c, result_stride)
+                        tile(item_bytes, 1, 1, b, ls, lt, w, ws, n, c, rs)
                     elif height == 2:
-                        tile(item_bytes, 2, 1, b, left_stride, block, count, c, result_stride)
+                        tile(item_bytes, 2, 1, b, ls, lt, w, ws, n, c, rs)
                     elif height == 3:
-                        tile(item_bytes, 3, 1, b, left_stride, block, count, c, result_stride)
+                        tile(item_bytes, 3, 1, b, ls, lt, w, ws, n, c, rs)
                     elif height == 4:
-                        tile(item_bytes, 4, 1, b, left_stride, block, count, c, result_stride)
+                        tile(item_bytes, 4, 1, b, ls, lt, w, ws, n, c, rs)
                     elif height == 5:
-                        tile(item_bytes, 5, 1, b, left_stride, block, count, c, result_stride)
+                        tile(item_bytes, 5, 1, b, ls, lt, w, ws, n, c, rs)
                     elif height == 6:
-                        tile(item_bytes, 6, 1, b, left_stride, block, count, c, result_stride)
+                        tile(item_bytes, 6, 1, b, ls, lt, w, ws, n, c, rs)
                     elif tall:
                         if height == 7:
-                            tile(item_bytes, 7, 1, b, left_stride, block, count, c, result_stride)
+                            tile(item_bytes, 7, 1, b, ls, lt, w, ws, n, c, rs)
                         elif height == 8:
-                            tile(item_bytes, 8, 1, b, left_stride, block, count, c, result_stride)
+                            tile(item_bytes, 8, 1, b, ls, lt, w, ws, n, c, rs)
                         elif height == 9:
-                            tile(item_bytes, 9, 1, b, left_stride, block, count, c, result_stride)
+                            tile(item_bytes, 9, 1, b, ls, lt, w, ws, n, c, rs)
                         elif height == 10:
-                            tile(item_bytes, 10, 1, b, left_stride, block, count, c, result_stride)
+                            tile(item_bytes, 10, 1, b, ls, lt, w, ws, n, c, rs)
                         elif height == 11:
-                            tile(item_bytes, 11, 1, b, left_stride, block, count, c, result_stride)
+                            tile(item_bytes, 11, 1, b, ls, lt, w, ws, n, c, rs)
                         elif height == 12:
-                            tile(item_bytes, 12, 1, b, left_stride, block, count, c, result_stride)
+                            tile(item_bytes, 12, 1, b, ls, lt, w, ws, n, c, rs)
 
     return compiled(types.void(*[types.int64] * PRODUCT_ARGUMENTS), product)

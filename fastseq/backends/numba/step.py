@@ -100,13 +100,13 @@ def _kernel(plan: Plan, item_bytes: int) -> Any:
                     first = block * hidden
                     weights = a[_W_INPUT] + first * features * item_bytes
                     bias = a[_B_INPUT] + first * item_bytes if a[_B_INPUT] else 0
-                    row_products(item_bytes, 0, weights, hidden, features, x, bias, to)
+                    row_products(item_bytes, 0, 1, weights, hidden, features, x, 0, bias, to, 0)
                 block = a[first_block + 2 * slot + 1]
                 if block >= 0:
                     first = block * hidden
                     weights = a[_W_HIDDEN] + first * hidden * item_bytes
                     bias = a[_B_HIDDEN] + first * item_bytes if a[_B_HIDDEN] else 0
-                    row_products(item_bytes, 1, weights, hidden, hidden, h, bias, to)
+                    row_products(item_bytes, 1, 1, weights, hidden, hidden, h, 0, bias, to, 0)
             factors = a[_MASKS] + row * a[_MASK_STRIDE] * item_bytes
             if a[_SAVE]:
                 cell_forward(key, item_bytes, 1, units, record, state, a[_PARAMETERS], factors)

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastseq.backends.numba.matrix_pack import pack, panel_columns
 from fastseq.backends.numba.vectors import lanes
 
 __all__ = [
     "as_columns",
+    "blocks_in_order",
     "by_gate",
     "by_slot",
     "packed_transpose",
@@ -26,7 +28,7 @@ def padded_units(hidden_size: int, item_bytes: int) -> int:
     return (hidden_size + columns - 1) // columns * columns
 
 
-def _slot_order(gates: Sequence[int]) -> list[int]:
+def blocks_in_order(gates: Sequence[int]) -> list[int]:
     """Where the row block of each slot lies in a weight, whose blocks are in order of gates."""
     blocks = sorted(gates)
     return [blocks.index(gate) for gate in gates]
@@ -35,7 +37,7 @@ def _slot_order(gates: Sequence[int]) -> list[int]:
 def by_slot(weight: Tensor, gates: Sequence[int], hidden: int, units: int) -> Tensor:
     """``(G*H, ...)`` with row blocks in slot order, each padded with zeros to ``units``."""
     blocks = weight.view(len(gates), hidden, *weight.shape[1:])
-    order = _slot_order(gates)
+    order = blocks_in_order(gates)
     ordered = order == list(range(len(order)))
     if units == hidden:
         return weight if ordered else blocks[order].flatten(0, 1)
@@ -47,17 +49,26 @@ def by_slot(weight: Tensor, gates: Sequence[int], hidden: int, units: int) -> Te
 def by_gate(gradient: Tensor, gates: Sequence[int], hidden: int, units: int) -> Tensor:
     """The inverse of :func:`by_slot`: ``(slots*units, ...)`` to ``(G*H, ...)``, dense."""
     blocks = gradient.view(len(gates), units, *gradient.shape[1:])[:, :hidden]
-    order = _slot_order(gates)
+    order = blocks_in_order(gates)
     if order != list(range(len(order))):
         blocks = blocks[[order.index(block) for block in range(len(order))]]
     return blocks.reshape(len(gates) * hidden, *gradient.shape[1:])
 
 
+def _block_addresses(weight: Tensor, gates: Sequence[int], hidden: int) -> list[int]:
+    size = hidden * weight.size(1) * weight.element_size()
+    return [weight.data_ptr() + block * size for block in blocks_in_order(gates)]
+
+
 def packed_weights(weight: Tensor, gates: Sequence[int], hidden: int, units: int) -> Tensor:
     """``(G*hidden, terms)`` as panels ``[panel][term][column]`` for ``x @ W^T``."""
-    blocks = by_slot(weight.contiguous(), gates, hidden, units)
-    columns = 2 * lanes(weight.element_size())
-    return blocks.view(-1, columns, weight.size(1)).transpose(1, 2).contiguous()
+    weight = weight.contiguous()
+    terms, columns = weight.size(1), panel_columns(weight.element_size())
+    panels = units // columns
+    packed = weight.new_empty((len(gates) * panels, terms, columns))
+    blocks, steps = _block_addresses(weight, gates, hidden), (terms * units, terms * columns)
+    pack(blocks, terms, hidden, (1, terms), packed, steps, panels)
+    return packed
 
 
 def packed_transpose(weight: Tensor, gates: Sequence[int], hidden: int, units: int) -> Tensor:
@@ -65,13 +76,13 @@ def packed_transpose(weight: Tensor, gates: Sequence[int], hidden: int, units: i
 
     ``units`` is what K is padded to.
     """
-    count, width = len(gates), weight.size(1)
-    blocks = weight.contiguous().view(count, hidden, width)[_slot_order(gates)]
-    if units != width:
-        blocks = torch.nn.functional.pad(blocks, (0, units - width))
-    columns = 2 * lanes(weight.element_size())
-    panels = blocks.view(count, hidden, units // columns, columns)
-    return panels.transpose(1, 2).contiguous()
+    weight = weight.contiguous()
+    columns = panel_columns(weight.element_size())
+    panels = units // columns
+    packed = weight.new_empty((len(gates), panels, hidden, columns))
+    blocks, steps = _block_addresses(weight, gates, hidden), (hidden * units, hidden * columns)
+    pack(blocks, hidden, weight.size(1), (weight.size(1), 1), packed, steps, panels)
+    return packed
 
 
 def as_columns(tensors: Sequence[Tensor], units: int, like: Tensor) -> Tensor:
