@@ -8,6 +8,10 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # The packages of one of pyproject's extras. Installing '.[lint]' itself would compile the extension a second time.
 EXTRA   = $(BIN)/python .ci/extra.py
 
+# Test files are dealt out to several processes; whole files, because tests of one share what they compile. Not more of them
+# than four: each loads torch. ARGS="-n0" runs all in one, for a debugger.
+SPREAD  = -n auto --maxprocesses 4 --dist loadfile
+
 # What the compiled part depends on; a change in a plain .py file needs no new install.
 BUILD_INPUTS := pyproject.toml $(wildcard CMakeLists.txt) \
   $(shell find cmake csrc fastseq -name '*.cpp' -o -name '*.h' -o -name '*.def' -o -name '*.cmake' \
@@ -30,13 +34,13 @@ demo: $(VENV)/.installed  ## train the same model with torch.nn and fastseq.nn, 
 	$(BIN)/python examples/next_character.py $(ARGS)
 
 test: $(VENV)/.installed  ## run the test suite
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q $(SPREAD) $(ARGS)
 
 # In an environment of its own, where fastseq is installed as on a machine without a compiler.
 test-pure:  ## run the test suite without the compiled extension, on Numba
 	$(MAKE) VENV=$(VENV)-pure $(VENV)-pure/.torch
 	FASTSEQ_NO_EXT=1 $(VENV)-pure/bin/python -m pip --disable-pip-version-check install '.[test]'
-	$(VENV)-pure/bin/pytest -q $(ARGS)
+	$(VENV)-pure/bin/pytest -q $(SPREAD) $(ARGS)
 
 bench: $(VENV)/.bench  ## time the layers against torch.nn (pytest-benchmark)
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only $(ARGS)

@@ -13,6 +13,7 @@ it against torch's function and against attention written out pair by pair.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
 from typing import Any
@@ -84,12 +85,15 @@ def _table(case: Case, dims: str, draw: Any) -> Tensor:
     return draw(*(size if name in dims else 1 for name, size in sizes.items()))
 
 
-def arguments(
-    case: Case, dtype: torch.dtype, nudge: int = 0
-) -> tuple[dict[str, Tensor], dict[str, Any], torch.Generator]:
-    """Leaves by name, the call's other arguments, the generator of the loss's weights.
+Drawn = tuple[dict[str, Tensor], dict[str, Any], Tensor | None, Tensor]
 
-    A ``nudge`` other than 0 moves every value by one float32 unit, up or down.
+
+# An oracle asks for the same values in both dtypes, and for those of the case itself once more.
+@functools.lru_cache(maxsize=4)
+def _draw(case: Case, nudge: int) -> Drawn:
+    """In float64 and not to be written to: leaves by name, other arguments, slopes for ALiBi.
+
+    Last the state of the generator behind all of it.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
     moves = torch.Generator().manual_seed(nudge)
@@ -104,16 +108,6 @@ def arguments(
     def bools(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator) < 0.7
 
-    def heads(count: int, rows: int, size: int, scale: float = 1.0) -> Tensor:
-        drawn = values(case.batch, count, rows, size, scale=scale)
-        if case.strides == "transposed":  # as torch.nn.MultiheadAttention holds them
-            leaf = drawn.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
-        elif case.strides == "expanded":
-            leaf = drawn[:, :1].to(dtype).expand(drawn.shape)
-        else:
-            return strided(drawn, case.strides, dtype)
-        return leaf.detach().requires_grad_()
-
     others: dict[str, Any] = {
         "causal": case.causal,
         "bottom_right": case.bottom_right,
@@ -122,19 +116,21 @@ def arguments(
         "dropout_p": case.dropout,
     }
     if case.layout == "varlen":
-        leaves, starts = _rows(case, values, dtype, generator)
+        totals, starts = _rows(case, generator)
         others |= starts
+        queries, keys = (totals["query"], case.heads), (totals["key"], case.kv_heads)
     else:
-        leaves = {
-            "query": heads(case.heads, case.queries, case.size, case.magnitude),
-            "key": heads(case.kv_heads, case.keys, case.size),
-            "value": heads(case.kv_heads, case.keys, case.value_size),
-        }
+        queries = (case.batch, case.heads, case.queries)
+        keys = (case.batch, case.kv_heads, case.keys)
+    leaves = {
+        "query": values(*queries, case.size, scale=case.magnitude),
+        "key": values(*keys, case.size),
+        "value": values(*keys, case.value_size),
+    }
     if case.bias:
-        bias = _table(case, case.bias, values)
-        leaves["bias"] = bias.to(dtype).requires_grad_(case.bias_grad)
+        leaves["bias"] = _table(case, case.bias, values)
     if case.sinks:
-        leaves["sinks"] = values(case.heads).to(dtype).requires_grad_()
+        leaves["sinks"] = values(case.heads)
     if case.mask:
         others["mask"] = _table(case, case.mask, bools)
     if case.padding:
@@ -142,32 +138,57 @@ def arguments(
     for name, letter, most in (("query", "q", case.queries), ("key", "k", case.keys)):
         if letter in case.lengths:
             others[f"{name}_lengths"] = _sequence_lengths(generator, case.batch, most)
+    slopes = None
     if case.alibi:
         shape = (case.heads,) if case.alibi == "h" else (case.batch, case.heads)
-        others["alibi_slopes"] = values(*shape).abs().to(dtype)
+        slopes = values(*shape).abs()
     if case.weights:
         others |= {"return_weights": True, "average_weights": case.weights == "mean"}
-    return leaves, others, generator
+    return leaves, others, slopes, generator.get_state()
 
 
-def _rows(
-    case: Case, values: Any, dtype: torch.dtype, generator: torch.Generator
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _rows(case: Case, generator: torch.Generator) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Of sequences of several lengths: how many rows they have together, where each starts."""
     starts, totals = {}, {}
     for name, most in (("query", case.queries), ("key", case.keys)):
         lengths = torch.tensor(_sequence_lengths(generator, case.batch, most))
         starts[f"{name}_starts"] = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         totals[name] = int(lengths.sum())
+    return totals, starts
 
-    def rows(total: int, count: int, size: int, scale: float = 1.0) -> Tensor:
-        return strided(values(total, count, size, scale=scale), case.strides, dtype)
 
-    leaves = {
-        "query": rows(totals["query"], case.heads, case.size, case.magnitude),
-        "key": rows(totals["key"], case.kv_heads, case.size),
-        "value": rows(totals["key"], case.kv_heads, case.value_size),
-    }
-    return leaves, starts
+def _laid_out(case: Case, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A leaf with a copy of the values, in memory as the case's strides want it."""
+    values = values.clone()
+    if name == "bias":
+        return values.to(dtype).requires_grad_(case.bias_grad)
+    if name == "sinks":
+        return values.to(dtype).requires_grad_()
+    if case.layout == "padded" and case.strides == "transposed":
+        # As torch.nn.MultiheadAttention holds them.
+        values = values.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    elif case.layout == "padded" and case.strides == "expanded":
+        values = values[:, :1].to(dtype).expand(values.shape)
+    else:
+        return strided(values, case.strides, dtype)
+    return values.detach().requires_grad_()
+
+
+def arguments(
+    case: Case, dtype: torch.dtype, nudge: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Any], torch.Generator]:
+    """Leaves by name, the call's other arguments, the generator of the loss's weights.
+
+    A ``nudge`` other than 0 moves every value by one float32 unit, up or down.
+    """
+    drawn, others, slopes, state = _draw(case, nudge)
+    leaves = {name: _laid_out(case, name, values, dtype) for name, values in drawn.items()}
+    others = dict(others)
+    if slopes is not None:
+        others["alibi_slopes"] = slopes.to(dtype)
+    generator = torch.Generator()
+    generator.set_state(state)
+    return leaves, others, generator
 
 
 def outputs_of(case: Case, leaves: dict[str, Tensor], others: dict[str, Any]) -> dict[str, Tensor]:
@@ -188,13 +209,15 @@ def run(
     state = generator.get_state()
     with fastseq.backend(backend):
         outputs = outputs_of(case, leaves, others)
-        cotangents = {
-            name: torch.randn(output.shape, generator=generator, dtype=torch.float64).to(dtype)
-            for name, output in outputs.items()
-        }
-        generator.set_state(state)  # another run with these arguments has the same loss
         # The weights' gradient goes by way of the composite; it is tested where it is the subject.
         scored = [name for name in outputs if name != "weights"]
+        cotangents = {
+            name: torch.randn(outputs[name].shape, generator=generator, dtype=torch.float64).to(
+                dtype
+            )
+            for name in scored
+        }
+        generator.set_state(state)  # another run with these arguments has the same loss
         wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
         gradients = torch.autograd.grad(
             [outputs[name] for name in scored],
@@ -208,7 +231,7 @@ def run(
 
 def distance(a: Tensor, b: Tensor) -> float:
     """The largest difference; equal infinities are no difference, a lone NaN is all of it."""
-    if not a.numel():
+    if torch.equal(a, b):
         return 0.0
     apart = torch.where(a == b, 0.0, (a - b).abs())
     return math.inf if bool(apart.isnan().any()) else float(apart.max())
@@ -233,14 +256,15 @@ def expected(case: Case) -> tuple[dict[str, Tensor], dict[str, float]]:
         for name in errors:
             errors[name] = max(errors[name], distance(rounded[name], exact[name]))
     unit = torch.finfo(getattr(torch, case.dtype)).eps
+    leaves, _, _ = arguments(sister, torch.float64)
     return truth, {
         name: bound(getattr(torch, case.dtype), errors[name], magnitude(value))
-        + (unit * score_units(case, name, sister) if name.startswith("grad_") else 0.0)
+        + (unit * score_units(case, name, leaves) if name.startswith("grad_") else 0.0)
         for name, value in truth.items()
     }
 
 
-def score_units(case: Case, name: str, sister: Case) -> float:
+def score_units(case: Case, name: str, leaves: dict[str, Tensor]) -> float:
     """What a unit of the gradient of a weight amounts to in a gradient behind the softmax.
 
     The gradient of a score is ``P (dP - mean of dP)``. Where a row sees one key only, or one score
@@ -248,7 +272,6 @@ def score_units(case: Case, name: str, sister: Case) -> float:
     dP it subtracts from, then finds exactly zero. The kernels find the mean as ``output . dO``,
     which is as exact but rounded elsewhere: what is left is a unit of ``dP``.
     """
-    leaves, _, _ = arguments(sister, torch.float64)
     # Sums over Ev of products of two values of size one.
     value = float(leaves["value"].detach().square().mean().sqrt())
     grad_weight = FREE_UNITS * case.value_size**0.5 * value / (1 - min(case.dropout, 0.9))

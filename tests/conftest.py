@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Which vector instructions torch's compiler may use is nothing that tests of fastseq depend on, and
 # it takes 20 seconds to find out, by compiling a program for each set.
@@ -12,6 +14,9 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 import pytest
 import torch
 from kernels import TIERS, on_tier
+
+if TYPE_CHECKING:
+    from user_model import Bench
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +50,13 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def bench(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Bench:
+    """``fastseq bench model`` on files that tests write; see ``user_model.py``."""
+    from user_model import bench_in  # brings the benchmark, which other tests need not wait for
+
+    return bench_in(tmp_path, monkeypatch, capsys)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -56,15 +57,26 @@ Source = tuple[Path, list[str]]  # and the compiler's options for it
 
 
 def _build(sources: list[Source], folder: Path) -> Path:
-    """A shared object in ``folder``, kept there until a source changes."""
+    """A shared object in ``folder``, kept there until a source changes.
+
+    Of several processes that want it one builds, with all cores, while the others wait.
+    """
     program = compiler()
     digest = hashlib.sha256(repr((program, FLAGS, sources)).encode())
     for path in sorted([*(ROOT / "csrc").rglob("*"), *EMULATION.iterdir()]):
         if path.is_file():
             digest.update(path.read_bytes())
     target = folder / f"libemulated-{digest.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _compile(program, sources, target)
+    return target
+
+
+def _compile(program: str, sources: list[Source], target: Path) -> None:
+    folder = target.parent
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     objects = [folder / f"{index}.o" for index in range(len(sources))]
@@ -77,7 +89,6 @@ def _build(sources: list[Source], folder: Path) -> Path:
         list(pool.map(compile_one, zip(sources, objects, strict=True)))
     _run(program, "-shared", "-o", folder / "incomplete.so", *objects)
     (folder / "incomplete.so").rename(target)
-    return target
 
 
 @functools.lru_cache

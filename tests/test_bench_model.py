@@ -10,24 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from user_model import EXAMPLE, MODEL, Bench, bench_in, layers, results_checked
+from user_model import EXAMPLE, MODEL, QUIET_TORCH, Bench, layers, results_checked
 
 from fastseq.bench import command, model_layers
 from fastseq.bench.timing import interleave
 
-# What torch says about its own layers is not about ours.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
-    pytest.mark.filterwarnings("ignore:enable_nested_tensor"),
-    pytest.mark.filterwarnings("ignore:Lazy modules"),
-]
-
-
-@pytest.fixture
-def bench(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Bench:
-    return bench_in(tmp_path, monkeypatch, capsys)
+pytestmark = QUIET_TORCH
 
 
 # --- the whole of it

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from user_model import EXAMPLE, MODEL, Bench, bench_in
+from user_model import EXAMPLE, MODEL, QUIET_TORCH, Bench
 
 import fastseq.nn as fnn
 from fastseq.bench import command
 
-# What torch says about its own layers is not about ours.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
-    pytest.mark.filterwarnings("ignore:enable_nested_tensor"),
-    pytest.mark.filterwarnings("ignore:Lazy modules"),
-]
-
-
-@pytest.fixture
-def bench(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Bench:
-    return bench_in(tmp_path, monkeypatch, capsys)
+pytestmark = QUIET_TORCH
 
 
 # --- the gate

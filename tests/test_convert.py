@@ -275,7 +275,6 @@ def test_strict_passes_where_everything_converts() -> None:
         ({"include": []}, set()),
         ({"exclude": []}, {"a.x", "a.y", "b"}),
     ],
-    ids=str,
 )
 def test_filters(filters: dict[str, Any], expected: set[str]) -> None:
     model = nn.ModuleDict(

@@ -79,7 +79,9 @@ def test_cached_equals_uncached(
     assert len(steps_taken) == 2 * (len(pieces) - 1)
 
 
-@pytest.mark.parametrize("options", [{"bias": False}, {"activation": torch.tanh}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"bias": False}, {"activation": torch.tanh}], ids=["no_bias", "tanh"]
+)
 def test_options_of_layers(options: dict[str, Any]) -> None:
     stack = decoder(**options)
     target, memory = sequence(2, 4), sequence(2, 5, seed=1)

@@ -289,6 +289,26 @@ def test_products_of_few_rows_have_the_same_bits(rows: int, input_size: int) -> 
         assert torch.equal(value, found[1][name]), name
 
 
+def test_kernels_share_no_file_of_the_cache() -> None:
+    """Two processes that compile two cells at once would take the same place in a common index."""
+    script = (
+        "from fastseq.backends.numba.drivers import backward_kernel, forward_kernel\n"
+        "from fastseq.cells import gru, lstm\n"
+        "for maker in (forward_kernel, backward_kernel):\n"
+        "    for plan, item_bytes in ((lstm.plan, 4), (gru.plan, 4), (lstm.plan, 8)):\n"
+        "        print(maker(plan, item_bytes)._cache._cache_file._index_path)\n"
+    )
+    paths = [
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert len(set(paths[0])) == 6
+    assert paths[0] == paths[1]  # or nothing would ever be found again
+    assert all(os.path.exists(path) for path in paths[0])
+
+
 def test_padded_units() -> None:
     for item_bytes in (4, 8):
         columns = 2 * vectors.lanes(item_bytes)

@@ -25,13 +25,20 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 Result = dict[str, Any]
 Bench = Callable[..., Result]
 
+# What torch says about its own layers is not about ours.
+QUIET_TORCH = [
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
+    pytest.mark.filterwarnings("ignore:enable_nested_tensor"),
+    pytest.mark.filterwarnings("ignore:Lazy modules"),
+]
+
 
 def bench_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Bench:
     """A function that runs the command on a file of a source: status, output, JSON document.
 
-    The arguments are pytest's fixtures.
+    The arguments are pytest's fixtures; tests ask for the fixture ``bench`` of ``conftest.py``.
     """
 
     def quick(calls: Any, **options: Any) -> Any:

@@ -48,7 +48,20 @@ class _Announcement(event.Listener):  # type: ignore[misc,unused-ignore]
         pass
 
 
+def _own_files(function: Any) -> None:
+    """Name the function after what it closes over, and so its files in Numba's cache.
+
+    Under one name all cells would share an index. Two processes that file two of them at the same
+    moment can both take the same number there, and what is found later under the one is the code
+    of the other.
+    """
+    contents = [repr(cell.cell_contents) for cell in function.__closure__]
+    digest = hashlib.sha256("\0".join(contents).encode()).hexdigest()[:16]
+    function.__qualname__ = f"{function.__qualname__}_{digest}"
+
+
 def compiled(signature: Any, function: Any) -> Any:
     """``function`` as a C function, its code kept on disk where Numba finds a place to."""
+    _own_files(function)
     with event.install_listener("numba:run_pass", _Announcement()):
         return cfunc(signature, nopython=True, cache=True, error_model="numpy")(function)
