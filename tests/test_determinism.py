@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import CELLS, Case, arguments, run
+from oracle import CELLS, Case, arguments, outputs_of, run
 from torch import Tensor
 
 import fastseq
@@ -52,6 +52,27 @@ def test_threads_and_repetition(case: Case, isa: str) -> None:
     first = results(case, 1, drawn)
     for threads in (2, 2, 3):
         assert_same_bits(first, results(case, threads, drawn))
+
+
+# As many rows, and as many operations, as more than one thread goes to work on.
+SMALL = {"steps": 9, "input_size": 37, "hidden_size": 50}
+PARTS = [
+    *(Case(cell, batch=29, **SMALL) for cell in CELLS),
+    Case("gru", "float64", batch_first=True, states=False, batch=17, **SMALL),
+    Case("lstm", projected=True, batch_first=True, batch=29, **SMALL),
+]
+
+
+@pytest.mark.parametrize("case", PARTS, ids=str)
+def test_inference_by_parts_of_the_rows(case: Case, isa: str) -> None:
+    leaves, lengths, _ = arguments(case, getattr(torch, case.dtype))
+    found = []
+    for threads in (1, 2, 2, 3):
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            found.append(outputs_of(case, "fastseq", leaves, lengths))
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
 
 
 @pytest.mark.parametrize("case", CASES[:3], ids=str)

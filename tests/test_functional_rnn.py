@@ -90,6 +90,12 @@ BRANCHES = [
     *(Case(cell, steps=33, batch=80, input_size=7, hidden_size=7) for cell in CELLS),
     # One step has more rows than a chunk.
     *(Case(cell, steps=3, batch=300, input_size=3, hidden_size=17) for cell in CELLS),
+    # Without gradients, small weights: a thread takes a part of the rows through all steps.
+    *(
+        Case(cell, batch_first=True, steps=9, batch=19, input_size=21, hidden_size=40)
+        for cell in CELLS
+    ),
+    Case("lstm", projected=True, states=False, steps=9, batch=35, input_size=20, hidden_size=50),
     # Columns beyond one block of the product's depth, in either operand.
     *(Case(cell, steps=2, batch=3, input_size=1000, hidden_size=33) for cell in CELLS),
     *(Case(cell, steps=2, batch=3, input_size=33, hidden_size=550) for cell in ("lstm", "gru")),

@@ -30,7 +30,7 @@ constexpr const char* cell_name = nullptr;
 #include "norm_forward.h"
 #include "peak.h"
 #include "rnn_backward.h"
-#include "rnn_forward.h"
+#include "rnn_row_parts.h"
 
 #define FS_JOIN_OF(a, b) a##b
 #define FS_JOIN(a, b) FS_JOIN_OF(a, b)

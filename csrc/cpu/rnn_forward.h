@@ -519,16 +519,5 @@ struct RnnForward {
   };
 };
 
-template <class T, class Cell>
-int rnn_forward(const fastseq_rnn_forward* call) {
-  ProfiledCall profiled;
-  if (profiled.begins<T>("rnn_forward", cell_name<Cell>)) {
-    profile_sizes(call->shape);
-    profile_size("bias", call->weights[0].input_bias != nullptr);
-    profile_size("training", call->reserve != nullptr);
-  }
-  return RnnForward<T, Cell>(*call).run();
-}
-
 }  // namespace
 }  // namespace fastseq::FS_ISA
