@@ -41,10 +41,9 @@ struct BlockedRows {
   }
 };
 
-// How a tile walks A: along the rows of a blocked matrix, down its columns (A transposed: tile row r is column r), or through
-// a copy in the tile's own order, [k][FS_TILE_ROWS].
+// How a tile walks A: along the rows of a blocked matrix, or through a copy in the tile's own order, [k][FS_TILE_ROWS].
 // `strided` walks A along the rows while the panel lies in a larger matrix, its rows panel_step apart.
-enum class Walk { rows, columns, interleaved, strided };
+enum class Walk { rows, interleaved, strided };
 
 // c[R][panel_width] = init + A * panel. init_stride 0 repeats one row (a bias). The sum starts from zero and init is added
 // last: its cache lines arrive behind the loop, and partial sums of similar size lose fewer digits.
@@ -58,7 +57,7 @@ FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int
   constexpr int plain_rows = broadcasts_in_multiply_add ? R - R * 2 / 7 : R;
   constexpr bool along_rows = walk == Walk::rows || walk == Walk::strided;
   constexpr int64_t row_step = along_rows ? block_stride<T> : 1;
-  constexpr int64_t k_step = along_rows ? 1 : walk == Walk::columns ? block_stride<T> : FS_TILE_ROWS;
+  constexpr int64_t k_step = along_rows ? 1 : FS_TILE_ROWS;
   if constexpr (walk != Walk::strided) panel_step = panel_width<T>;
   Vec<T> sum[R][2] = {};
 #pragma GCC unroll 16
