@@ -293,23 +293,29 @@ struct RnnForward {
       EvenSplit blocks_of_rows(alive, row_blocks);
       enter_phase(layer.direct_hidden ? Phase::fused_step : Phase::recurrent_product);
       fetch_states(position % 2, alive);
-      auto update = [&](int64_t block) {
+      auto update_run = [&](BlockRun blocks) {
         if constexpr (has_split_products<T>)
           if (layer.is_split) {
             for (int64_t row = 0; row < alive; row += split_step_rows)
-              update_block(block, Range{row, minimum(row + split_step_rows, alive)}, t, ending, chunk_first, before, after,
-                           position % 2);
+              update_blocks(blocks, Range{row, minimum(row + split_step_rows, alive)}, t, ending, chunk_first, before, after,
+                            position % 2);
             return;
           }
         for (int64_t j = 0; j < row_blocks; ++j)
-          update_block(block, blocks_of_rows.part(j), t, ending, chunk_first, before, after, position % 2);
+          update_blocks(blocks, blocks_of_rows.part(j), t, ending, chunk_first, before, after, position % 2);
       };
       // There and back: the blocks used last are the ones still in cache.
       bool reversed = position % 2;
-      if (alive < stealing_rows) {
-        for (int64_t i = 0; i < units.count(); ++i) update(reversed ? units.end - 1 - i : units.begin + i);
+      int64_t first = reversed ? units.end - 1 : units.begin, direction = reversed ? -1 : 1;
+      if (alive < stealing_rows || team.size == 1) {
+        // Few rows: several blocks between one change of phase and the next, which costs a recording something.
+        int64_t together = layer.is_split || layer.direct_hidden ? 1 : maximum(1, block_rows / maximum(1, alive));
+        for (int64_t i = 0; i < units.count(); i += together)
+          update_run({first + i * direction, direction, minimum(together, units.count() - i)});
       } else {
-        share_out(team, b.steps, round_of(position), sizes.unit_blocks(), reversed, update);
+        share_out(team, b.steps, round_of(position), sizes.unit_blocks(), reversed, [&](int64_t block) {
+          update_run({block, 1, 1});
+        });
       }
       if (sizes.has_projection) {
         team.wait();
@@ -353,31 +359,49 @@ struct RnnForward {
       T* y;                   // user's output, NULL with a projection
     };
 
-    // Product and cell update for one block of units and a few rows; the pre-activations stay in L1 between the two.
-    FS_INLINE void update_block(int64_t block, Range rows, int64_t t, int64_t ending, int64_t chunk_first,
-                                BlockedRows<T> before, BlockedRows<T> after, int parity) {
-      alignas(64) T scratch[Cell::slots * block_rows * W];  // [slots][row][W]
-      int64_t unit = block * W;
-      int64_t packed_row = table.first_row[t];
+    // Blocks of units that are done together, in the order first, first + step, ...
+    struct BlockRun {
+      int64_t first, step, count;
+      FS_INLINE int64_t operator[](int64_t i) const { return first + i * step; }
+    };
+
+    // Products and then cell updates of a run of blocks and a few rows, count * rows <= block_rows; the pre-activations stay in
+    // L1 between the two.
+    FS_INLINE void update_blocks(BlockRun blocks, Range rows, int64_t t, int64_t ending, int64_t chunk_first,
+                                 BlockedRows<T> before, BlockedRows<T> after, int parity) {
+      alignas(64) T scratch[Cell::slots * block_rows * W];  // [slots][block][row][W]
       if (!layer.direct_hidden) {
         enter_phase(Phase::recurrent_product);
-        if constexpr (has_split_products<T>)
-          if (layer.is_split) b.split.template multiply_hidden<Cell>(parity, block, rows, scratch, block_rows * W);
-        for (int i = 0; i < Cell::hidden_count && !layer.is_split; ++i) {
-          int s = Cell::hidden_first + i;
-          int64_t column = s * sizes.hidden_padded + unit;
-          bool has_input = is_input_slot(s);
-          const T* init = has_input ? slots_at(packed_row + rows.begin, chunk_first) + column : b.bias + column;
-          const T* panel = b.packed_hidden + (block * Cell::hidden_count + i) * sizes.output * W;
-          multiply_panel(before, rows.begin, rows.count(), 0, sizes.output, panel, init, has_input ? sizes.slot_stride() : 0,
-                         scratch + s * block_rows * W, W);
-        }
+        for (int64_t i = 0; i < blocks.count; ++i)
+          multiply_block(blocks[i], rows, table.first_row[t], chunk_first, before, parity, scratch + i * rows.count() * W);
         enter_phase(Phase::gate_update);
       }
+      for (int64_t i = 0; i < blocks.count; ++i)
+        update_units(blocks[i], rows, t, ending, chunk_first, before, after, parity, scratch + i * rows.count() * W);
+    }
+
+    FS_INLINE void multiply_block(int64_t block, Range rows, int64_t packed_row, int64_t chunk_first, BlockedRows<T> before,
+                                  int parity, T* sums /* [slots][block_rows][W] */) {
+      int64_t unit = block * W;
+      if constexpr (has_split_products<T>)
+        if (layer.is_split) return b.split.template multiply_hidden<Cell>(parity, block, rows, sums, block_rows * W);
+      for (int i = 0; i < Cell::hidden_count; ++i) {
+        int s = Cell::hidden_first + i;
+        int64_t column = s * sizes.hidden_padded + unit;
+        bool has_input = is_input_slot(s);
+        const T* init = has_input ? slots_at(packed_row + rows.begin, chunk_first) + column : b.bias + column;
+        const T* panel = b.packed_hidden + (block * Cell::hidden_count + i) * sizes.output * W;
+        multiply_panel(before, rows.begin, rows.count(), 0, sizes.output, panel, init, has_input ? sizes.slot_stride() : 0,
+                       sums + s * block_rows * W, W);
+      }
+    }
+
+    FS_INLINE void update_units(int64_t block, Range rows, int64_t t, int64_t ending, int64_t chunk_first, BlockedRows<T> before,
+                                BlockedRows<T> after, int parity, const T* block_sums /* [slots][block_rows][W] */) {
+      int64_t unit = block * W, packed_row = table.first_row[t], count = sizes.hidden - unit;
       for (int64_t row = rows.begin; row < rows.end; ++row) {
         UnitPointers at = unit_pointers(unit, t, row, packed_row + row, chunk_first, row >= ending, before, after, parity);
-        const T* sums = scratch + (row - rows.begin) * W;
-        int64_t count = sizes.hidden - unit;
+        const T* sums = block_sums + (row - rows.begin) * W;
         if (!layer.direct_hidden && count >= W) {
           update_vector<true>(at, sums, 0, L);
           update_vector<true>(at, sums, L, L);
