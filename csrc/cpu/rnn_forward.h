@@ -313,9 +313,8 @@ struct RnnForward {
         for (int64_t i = 0; i < units.count(); i += together)
           update_run({first + i * direction, direction, minimum(together, units.count() - i)});
       } else {
-        share_out(team, b.steps, round_of(position), sizes.unit_blocks(), reversed, [&](int64_t block) {
-          update_run({block, 1, 1});
-        });
+        share_out(team, b.steps, round_of(position), sizes.unit_blocks(), reversed,
+                  [&](int64_t block) { update_run({block, 1, 1}); });
       }
       if (sizes.has_projection) {
         team.wait();
@@ -396,8 +395,9 @@ struct RnnForward {
       }
     }
 
-    FS_INLINE void update_units(int64_t block, Range rows, int64_t t, int64_t ending, int64_t chunk_first, BlockedRows<T> before,
-                                BlockedRows<T> after, int parity, const T* block_sums /* [slots][block_rows][W] */) {
+    FS_INLINE void update_units(int64_t block, Range rows, int64_t t, int64_t ending, int64_t chunk_first,
+                                BlockedRows<T> before, BlockedRows<T> after, int parity,
+                                const T* block_sums /* [slots][block_rows][W] */) {
       int64_t unit = block * W, packed_row = table.first_row[t], count = sizes.hidden - unit;
       for (int64_t row = rows.begin; row < rows.end; ++row) {
         UnitPointers at = unit_pointers(unit, t, row, packed_row + row, chunk_first, row >= ending, before, after, parity);

@@ -185,7 +185,8 @@ struct ChunkGradients {
     constexpr int64_t depth = longest_sum<T>;
     // A copy of the tile's columns, side by side: in their own place they lie a row of all slots apart, a page for every second.
     alignas(64) T tile[depth * FS_TILE_ROWS + L];  // [depth][FS_TILE_ROWS], and what the last whole vector runs over into
-    int64_t group = maximum(1, (192 << 10) / (sizes.chunk_target_rows() * W * (int64_t)sizeof(T)));
+    // Panels that stay in the second-level cache while every tile of columns passes them; a group of them reads `left` once.
+    int64_t group = maximum(1, (448 << 10) / (sizes.chunk_target_rows() * W * (int64_t)sizeof(T)));
     int64_t panel_count = (width + W - 1) / W;
     int64_t parts = (rows + depth - 1) / depth;
     for (int64_t first = 0; first < panel_count; first += group) {
