@@ -24,7 +24,9 @@ STEP = 20  # rows from one step to the next, where there is no array STARTS
 OUTPUT_STEP = 21
 WIDTH = 22  # of a hidden state: H, or P with a projection
 WIDTH_UNITS = 23  # what that is padded to
-COMMON = 24
+BARRIER = 24  # address of an int64 0, where threads wait for each other
+GIVE_WAY = 25  # address of sched_yield
+COMMON = 26
 
 # From DIRECTION_FIRST + direction * DIRECTION_SIZE on:
 DIRECTION_FIRST = COMMON

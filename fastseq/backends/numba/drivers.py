@@ -150,9 +150,13 @@ def forward_kernel(plan: Plan, item_bytes: int) -> Any:
                     factors = mask + i * splits * a[d + MASK_SEQUENCE] * item_bytes
                     learned = a[d + PARAMETERS]
                     if a[SAVE]:
-                        cell_forward(key, item_bytes, 1, units, slot, state, learned, factors)
+                        cell_forward(
+                            key, item_bytes, 1, units, units, slot, state, learned, factors
+                        )
                     else:
-                        cell_forward(key, item_bytes, 0, units, slot, state, learned, factors)
+                        cell_forward(
+                            key, item_bytes, 0, units, units, slot, state, learned, factors
+                        )
                     if a[d + PROJECTION]:
                         now = recurrent + i * recurrent_stride * item_bytes
                         if a[SAVE]:

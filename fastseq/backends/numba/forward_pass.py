@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastseq import _recorder
 from fastseq.backends.numba import arguments as at
-from fastseq.backends.numba import drivers, step
+from fastseq.backends.numba import drivers, step, unit_parts
 from fastseq.backends.numba.call import Arguments, Call, describe
 from fastseq.backends.numba.large_products import both_products, input_product
 from fastseq.backends.numba.weights import as_columns, by_slot, packed_weights, padded_masks
@@ -170,4 +171,9 @@ def _all_steps(
             arguments.of_direction(direction, at.PROJECTED, projected[direction])
     arguments.values[at.SAVE] = int(save)
     _recorder.enter("gate update" if products else "recurrence")
-    arguments.run(drivers.forward_kernel(plan, carried.element_size()))
+    threads = torch.get_num_threads()
+    if not products and unit_parts.shares_units(call, by_direction[0].hidden, threads):
+        unit_parts.prepare(arguments, threads)
+        arguments.run(unit_parts.forward_kernel(plan, carried.element_size()))
+    else:
+        arguments.run(drivers.forward_kernel(plan, carried.element_size()))

@@ -23,6 +23,7 @@ __all__ = [
     "PRODUCT_ARGUMENTS",
     "TERMS",
     "add_to",
+    "barrier",
     "cell_backward",
     "cell_forward",
     "copy",
@@ -76,6 +77,45 @@ def integer_at(typingctx: Any, address: Any, index: Any) -> Any:
         return builder.load(builder.gep(pointer, [args[1]]))
 
     return types.int64(types.int64, types.int64), generate
+
+
+# Turns of waiting before the processor is given away: some microseconds.
+_TURNS_OF_SPINNING = 4096
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def barrier(typingctx: Any, counter: Any, parts: Any, give_way: Any) -> Any:
+    """Wait until all ``parts`` threads are here.
+
+    ``counter`` is the address of an int64 that was 0 when they started and is used for nothing
+    else; ``give_way`` that of a function like ``sched_yield``.
+    """
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        address, size, function = args
+        place = builder.inttoptr(address, ir.PointerType(_INT64))
+        before = builder.atomic_rmw("add", place, _number(1), "acq_rel")
+        # The end of the round that this arrival belongs to; the counter only grows.
+        target = builder.mul(builder.add(builder.sdiv(before, size), _number(1)), size)
+        turn = cgutils.alloca_once_value(builder, _number(0))
+        check = builder.append_basic_block("barrier.check")
+        wait = builder.append_basic_block("barrier.wait")
+        done = builder.append_basic_block("barrier.done")
+        builder.branch(check)
+        builder.position_at_end(check)
+        arrived = builder.load_atomic(place, "acquire", 8)
+        builder.cbranch(builder.icmp_signed("<", arrived, target), wait, done)
+        builder.position_at_end(wait)
+        turns = builder.add(builder.load(turn), _number(1))
+        builder.store(turns, turn)
+        with builder.if_then(builder.icmp_signed(">", turns, _number(_TURNS_OF_SPINNING))):
+            kind = ir.FunctionType(ir.IntType(32), [])
+            builder.call(builder.inttoptr(function, ir.PointerType(kind)), [])
+        builder.branch(check)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -332,12 +372,13 @@ def cell_forward(
     item_bytes: Any,
     save: Any,
     units: Any,
+    count: Any,
     row: Any,
     states: Any,
     parameters: Any,
     masks: Any,
 ) -> Any:
-    """One step of one sequence: all units, ``units`` of them in each column.
+    """One step of one sequence: the first ``count`` of ``units`` values in each column.
 
     ``key``, ``item_bytes`` and ``save`` are constants; ``save`` is 1 to keep entries for backward.
     ``row`` is [columns, units], slots in, entries out; ``states`` [states, units], before the step
@@ -347,8 +388,8 @@ def cell_forward(
     keep = bool(save.literal_value)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        stride, row_address, state_address, parameter_address, mask_address = args[3:]
-        v, loop = _over_units(builder, width, stride)
+        stride, count, row_address, state_address, parameter_address, mask_address = args[3:]
+        v, loop = _over_units(builder, width, count)
         slot_at = {(s.kind, s.gate): index for index, s in enumerate(plan.slots)}
         with loop as (unit, _):
 
@@ -377,7 +418,7 @@ def cell_forward(
                     v.store(values[node], row_address, at(index))
         return context.get_dummy_value()
 
-    return types.void(key, item_bytes, save, *[types.int64] * 5), generate
+    return types.void(key, item_bytes, save, *[types.int64] * 6), generate
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]

@@ -109,9 +109,13 @@ def _kernel(plan: Plan, item_bytes: int) -> Any:
                     row_products(item_bytes, 1, 1, weights, hidden, hidden, h, 0, bias, to, 0)
             factors = a[_MASKS] + row * a[_MASK_STRIDE] * item_bytes
             if a[_SAVE]:
-                cell_forward(key, item_bytes, 1, units, record, state, a[_PARAMETERS], factors)
+                cell_forward(
+                    key, item_bytes, 1, units, units, record, state, a[_PARAMETERS], factors
+                )
             else:
-                cell_forward(key, item_bytes, 0, units, record, state, a[_PARAMETERS], factors)
+                cell_forward(
+                    key, item_bytes, 0, units, units, record, state, a[_PARAMETERS], factors
+                )
             out = a[_OUTPUT] + row * a[_OUTPUT_STRIDE] * item_bytes
             copy(item_bytes, out, state, hidden)
             if a[_ALONE]:
