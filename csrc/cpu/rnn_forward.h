@@ -479,6 +479,8 @@ struct RnnForward {
       V c{}, h;
       if constexpr (Cell::has_cell) c = load(at.cell + v);
       Cell::template forward<Math<T>>(slot, at.before ? load(at.before + v) : V{}, c, h);
+      if constexpr (clears_pads<Cell>)
+        if (!full) h = keep_lanes<T>(h, count);
       if (saves)
 #pragma GCC unroll 8
         for (int s = 0; s < Cell::slots; ++s) store(at.slots + s * sizes.hidden_padded + v, slot[s]);

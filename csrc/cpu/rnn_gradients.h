@@ -297,11 +297,11 @@ struct ChunkGradients {
     auto zero = [](void* target, int64_t count) {
       if (target) memset(target, 0, (size_t)count * sizeof(T));
     };
-    int64_t rows = Cell::gates * sizes.hidden;
-    zero(grads.input, rows * sizes.input);
-    zero(grads.hidden, rows * sizes.output);
-    zero(grads.input_bias, rows);
-    zero(grads.hidden_bias, rows);
+    int64_t input_rows = Cell::input_count * sizes.hidden, hidden_rows = Cell::hidden_count * sizes.hidden;
+    zero(grads.input, input_rows * sizes.input);
+    zero(grads.hidden, hidden_rows * sizes.output);
+    zero(grads.input_bias, input_rows);
+    zero(grads.hidden_bias, hidden_rows);
     zero(grads.projection, sizes.projection * sizes.hidden);
   }
 };

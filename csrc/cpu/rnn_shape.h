@@ -8,6 +8,11 @@
 namespace fastseq::FS_ISA {
 namespace {
 
+// Whether what a cell computes in the lanes beyond the last unit is to be cleared, because it may be Inf or NaN there, and the
+// matrix unit multiplies those lanes with zeros. The cells of csrc/cells are finite where their slots and states are zero.
+template <class Cell>
+inline constexpr bool clears_pads = false;
+
 // Sizes of one layer in kernel terms.
 template <class T, class Cell>
 struct LayerSizes {
