@@ -257,6 +257,17 @@ cdef extern from "fastseq.h" nogil:
     int fastseq_max_threads()
 
 
+cdef extern from "cpu/cell_library.h" nogil:
+    struct fastseq_cell_library:
+        int32_t dtype
+        const char* isa
+        fastseq_rnn_forward_function forward
+        fastseq_rnn_backward_function backward
+        fastseq_rnn_reserve_function reserve_bytes
+
+    const fastseq_cell_library* fastseq_cell_open(const char* path, char* reason, size_t reason_bytes)
+
+
 cdef extern from "profile.h" nogil:
     enum: FASTSEQ_PHASE_COUNT
 

@@ -9,6 +9,7 @@ from libc.math cimport sqrt
 from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
+from libcpp.vector cimport vector
 
 from fastseq._core cimport (
     FASTSEQ_CELL_COUNT,
@@ -16,7 +17,9 @@ from fastseq._core cimport (
     fastseq_attention_backward,
     fastseq_attention_forward,
     fastseq_attention_shape,
+    fastseq_cell_library,
     fastseq_cell_name,
+    fastseq_cell_open,
     fastseq_heads,
     fastseq_isa_count,
     fastseq_isa_name,
@@ -40,7 +43,10 @@ from fastseq._core cimport (
     fastseq_profile_stop,
     fastseq_profile_thread,
     fastseq_rnn_backward,
+    fastseq_rnn_backward_function,
     fastseq_rnn_forward,
+    fastseq_rnn_forward_function,
+    fastseq_rnn_reserve_function,
     fastseq_rnn_shape,
     fastseq_rnn_weight_gradients,
     fastseq_rnn_weights,
@@ -54,6 +60,8 @@ from fastseq._dlpack cimport DLPACK_CPU, DLPACK_FLOAT, DLPackExchangeAPI, DLTens
 cdef const fastseq_kernel_table* active = fastseq_table(0)
 
 CELLS = {fastseq_cell_name(i).decode(): i for i in range(FASTSEQ_CELL_COUNT)}
+include "_cpu_cells.pxi"
+
 UNARY = {"exp": 0, "tanh": 1, "sigmoid": 2, "gelu": 3, "gelu_tanh": 4, "silu": 5}
 
 
@@ -174,12 +182,13 @@ cdef inline void set_weights(fastseq_rnn_weights* target, object weights, int di
 def rnn_reserve_bytes(int cell, int dtype, int64_t rows, int64_t hidden_size, int64_t projection_size,
                       int64_t directions):
     """Size of what `rnn_forward` keeps for `rnn_backward`; `rows` is the number of (step, sequence) pairs."""
-    return active.rnn_reserve_bytes[cell][dtype](rows, hidden_size, projection_size, directions)
+    return reserve_bytes_of(cell, dtype)(rows, hidden_size, projection_size, directions)
 
 
 def rnn_forward(int cell, int dtype, int threads, tuple sizes, x, tuple x_strides, y, tuple y_strides, h0, c0, h_n, c_n,
                 weights, bint biases, reserve, batch_sizes, row_order, bint packed):
-    """One layer forward. `sizes` is (T, B, I, H, P, D); strides are (step, row) in elements."""
+    """One layer forward. `cell` is a number of `CELLS` or from `load_cell`, `sizes` is (T, B, I, H, P, D); strides are
+    (step, row) in elements."""
     cdef fastseq_rnn_forward call
     cdef int status
     set_shape(&call.shape, sizes, batch_sizes, row_order, packed, threads)
@@ -191,8 +200,9 @@ def rnn_forward(int cell, int dtype, int threads, tuple sizes, x, tuple x_stride
     call.final_cell = address(c_n)
     call.reserve = address(reserve)
     set_weights(call.weights, weights, call.shape.directions, biases, call.shape.projection_size > 0)
+    cdef fastseq_rnn_forward_function kernel = forward_of(cell, dtype)
     with nogil:
-        status = active.rnn_forward[cell][dtype](&call)
+        status = kernel(&call)
     if status:
         raise MemoryError("rnn_forward: no memory for the kernel's workspace")
 
@@ -224,8 +234,9 @@ def rnn_backward(int cell, int dtype, int threads, tuple sizes, x, tuple x_strid
         call.grad_weights[d].input_bias = <void*>targets[d].input_bias
         call.grad_weights[d].hidden_bias = <void*>targets[d].hidden_bias
         call.grad_weights[d].projection = <void*>targets[d].projection
+    cdef fastseq_rnn_backward_function kernel = backward_of(cell, dtype)
     with nogil:
-        status = active.rnn_backward[cell][dtype](&call)
+        status = kernel(&call)
     if status:
         raise MemoryError("rnn_backward: no memory for the kernel's workspace")
 
