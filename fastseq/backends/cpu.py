@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from fastseq import _config
-from fastseq._cells import CELLS, GATES
+from fastseq._cells import CELLS, CellSizes
 from fastseq.backends.layout import unit_stride as _unit_stride
 
 __all__ = [
+    "layer_backward",
+    "layer_forward",
+    "layer_reserve_elements",
     "plain_layer",
     "rnn_backward",
     "rnn_cell",
@@ -38,8 +41,15 @@ def rnn_reserve_elements(
     dtype: torch.dtype | None = None,
 ) -> int:
     """Elements of what forward keeps for backward, in any dtype; sizes may be symbolic."""
+    return layer_reserve_elements(CELLS[cell], rows, hidden_size, proj_size, directions)
+
+
+def layer_reserve_elements(
+    sizes: CellSizes, rows: int, hidden_size: int, proj_size: int, directions: int
+) -> int:
+    """The same for a cell that is given in numbers."""
     padded = (hidden_size + _PADDED_MULTIPLE - 1) // _PADDED_MULTIPLE * _PADDED_MULTIPLE
-    saved = CELLS[cell].saved + (1 if proj_size else 0)
+    saved = sizes.saved + (1 if proj_size else 0)
     return rows * directions * (padded * saved + _PADDED_MULTIPLE)
 
 
@@ -104,6 +114,28 @@ def rnn_forward(
 
     Returns ``(output, hy, cy, reserve)``; ``reserve`` is ``None`` unless ``save``.
     """
+    return layer_forward(
+        _CELLS[cell], CELLS[cell], input, hx, cx, weights, has_biases, proj_size, bidirectional,
+        batch_first, batch_sizes, lengths, save,
+    )  # fmt: skip
+
+
+def layer_forward(
+    kernels: int,
+    sizes: CellSizes,
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    proj_size: int,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The same on the kernels of that number, built-in or loaded, for a cell of these sizes."""
     if not input.is_contiguous():
         input = _unit_stride(input)
     packed = batch_sizes is not None
@@ -116,21 +148,23 @@ def rnn_forward(
         first, second, features = input.shape
         steps, batch = (second, first) if batch_first else (first, second)
         output_shape = [first, second, 0]
-    hidden = weights[0].size(0) // GATES[cell]
+    hidden = weights[0].size(0) // sizes.gates
     directions = 2 if bidirectional else 1
     width = proj_size or hidden
     output_shape[-1] = directions * width
 
     output = input.new_empty(output_shape)
     hy = input.new_empty((directions, batch, width))
-    cy = input.new_empty((directions, batch, hidden)) if cell == "lstm" else None
+    cy = input.new_empty((directions, batch, hidden)) if sizes.has_cell_state else None
     reserve = None
     if save:
         rows = input.size(0) if packed else steps * batch
-        reserve = input.new_empty(rnn_reserve_elements(cell, rows, hidden, proj_size, directions))
+        reserve = input.new_empty(
+            layer_reserve_elements(sizes, rows, hidden, proj_size, directions)
+        )
     rows_alive = _alive_rows(batch_sizes, lengths, steps)
     _forward(
-        _CELLS[cell],
+        kernels,
         1 if input.dtype is torch.float64 else 0,
         _threads(),
         (steps, batch, features, hidden, proj_size, directions),
@@ -217,6 +251,33 @@ def rnn_backward(
 
     ``needs`` says for ``(input, hx, cx, *weights)`` which are asked for; the others are ``None``.
     """
+    return layer_backward(
+        _CELLS[cell], CELLS[cell], grad_output, grad_hy, grad_cy, input, hx, cx, weights, output,
+        reserve, has_biases, proj_size, bidirectional, batch_first, batch_sizes, lengths, needs,
+    )  # fmt: skip
+
+
+def layer_backward(
+    kernels: int,
+    sizes: CellSizes,
+    grad_output: Tensor | None,
+    grad_hy: Tensor | None,
+    grad_cy: Tensor | None,
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    reserve: Tensor,
+    has_biases: bool,
+    proj_size: int,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
+    """The same on the kernels of that number, built-in or loaded, for a cell of these sizes."""
     input = _unit_stride(input)
     packed = batch_sizes is not None
     if packed:
@@ -226,7 +287,7 @@ def rnn_backward(
     else:
         first, second, features = input.shape
         steps, batch = (second, first) if batch_first else (first, second)
-    hidden = weights[0].size(0) // GATES[cell]
+    hidden = weights[0].size(0) // sizes.gates
     directions = 2 if bidirectional else 1
     width = proj_size or hidden
 
@@ -243,7 +304,7 @@ def rnn_backward(
     ]
     rows_alive = _alive_rows(batch_sizes, lengths, steps)
     _backward(
-        _CELLS[cell],
+        kernels,
         1 if input.dtype is torch.float64 else 0,
         _threads(),
         (steps, batch, features, hidden, proj_size, directions),
