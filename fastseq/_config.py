@@ -37,6 +37,7 @@ __all__ = [
     "LINEAR_PRODUCTS",
     "backend",
     "backend_name",
+    "cache_folder",
     "capabilities",
     "extension",
     "fma_peak_gflops",
@@ -225,6 +226,15 @@ def fma_peak_gflops(
     if threads is None:
         threads = _threads()
     return float(kernels.fma_gflops(("float32", "float64").index(dtype), threads, seconds))
+
+
+def cache_folder() -> Path | None:
+    """Where what was measured or compiled here is kept; ``None`` without a home directory."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(cache) if cache else Path.home() / ".cache") / "fastseq"
+    except RuntimeError:
+        return None
 
 
 def _threads() -> int:

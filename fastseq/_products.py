@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import statistics
 import time
@@ -65,13 +64,11 @@ def fused(training: bool, dtype: torch.dtype, rows: int, outputs: int, features:
 
 def table_path() -> Path | None:
     """Where the measurements of this processor are kept; ``None`` without a home directory."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    try:
-        folder = Path(cache) if cache else Path.home() / ".cache"
-    except RuntimeError:
+    folder = _config.cache_folder()
+    if folder is None:
         return None
     name = re.sub(r"[^A-Za-z0-9]+", "-", str(_config.capabilities()["cpu"])).strip("-")
-    return folder / "fastseq" / f"{name}.json"
+    return folder / f"{name}.json"
 
 
 def _build() -> dict[str, Any]:

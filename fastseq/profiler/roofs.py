@@ -228,13 +228,11 @@ def identity() -> dict[str, Any]:
 
 def cache_path() -> Path | None:
     """The file of this machine's roofs; ``None`` without a home directory."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    try:
-        folder = Path(cache) if cache else Path.home() / ".cache"
-    except RuntimeError:
+    folder = _config.cache_folder()
+    if folder is None:
         return None
     text = json.dumps(identity(), sort_keys=True)
-    return folder / "fastseq" / f"roofs-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    return folder / f"roofs-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
 
 
 def load() -> Roofs | None:
