@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastseq import cells, functional, generation, integrations, nn
-    from fastseq._config import backend, capabilities, isa, linear_product, set_isa
+    from fastseq._config import (
+        backend,
+        capabilities,
+        cell_compiler,
+        isa,
+        linear_product,
+        set_isa,
+    )
     from fastseq.backends import FastseqFallbackWarning
     from fastseq.cells import cell
     from fastseq.convert import Report, convert, revert
@@ -37,6 +44,7 @@ _HOME = {
     "backend": "_config",
     "capabilities": "_config",
     "cell": "cells",
+    "cell_compiler": "_config",
     "convert": "convert",
     "generate": "generation",
     "isa": "_config",
@@ -59,6 +67,7 @@ __all__ = [
     "backend",
     "capabilities",
     "cell",
+    "cell_compiler",
     "cells",
     "convert",
     "functional",

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["CELLS", "GATES", "NUMBA_RESERVE_LAYOUT", "RESERVE_LAYOUT"]
+__all__ = [
+    "CELLS",
+    "COMPILED_CELL_LAYOUT",
+    "GATES",
+    "NUMBA_CELL_LAYOUT",
+    "NUMBA_RESERVE_LAYOUT",
+    "RESERVE_LAYOUT",
+]
 
 # Goes up whenever the size of what forward keeps for backward changes: it is an argument of the op
 # because compilers keep graphs on disk with such sizes in them.
 RESERVE_LAYOUT = 1
 # The same for the backend "numba"; negative, so that the two can be told apart.
 NUMBA_RESERVE_LAYOUT = -1
+# And for cells that users define, by which a backward knows what its forward ran on.
+COMPILED_CELL_LAYOUT = 1
+NUMBA_CELL_LAYOUT = -1
 
 
 class CellSizes(NamedTuple):

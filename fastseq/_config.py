@@ -13,6 +13,10 @@ Environment, read when the kernels are first needed:
 ``FASTSEQ_LINEAR``
     whose matrix product linear layers run on: ``fused`` (the kernels'), ``torch``, or ``auto``, the
     default: what ``python -m fastseq.info --tune`` has measured here, ``fused`` before.
+``FASTSEQ_CELL_COMPILER``
+    whether cells that users define are compiled as C++ (docs/cells.md): ``auto``, the default,
+    where there is a compiler and the cell allows it, ``off`` never; ``on`` makes it an error where
+    one cannot be.
 
 A name that is unknown or that this processor cannot run raises :class:`ValueError`: a measurement
 must never silently have come from other code than was asked for.
@@ -34,11 +38,14 @@ from typing import Any
 
 __all__ = [
     "BACKENDS",
+    "CELL_COMPILERS",
     "LINEAR_PRODUCTS",
     "backend",
     "backend_name",
     "cache_folder",
     "capabilities",
+    "cell_compiler",
+    "cell_compiler_name",
     "extension",
     "fma_peak_gflops",
     "has_extension",
@@ -50,11 +57,13 @@ __all__ = [
 
 BACKENDS = ("cpu", "numba", "reference")
 LINEAR_PRODUCTS = ("auto", "fused", "torch")
+CELL_COMPILERS = ("auto", "on", "off")
 
 _extension: ModuleType | None = None
 _extension_error: str | None = None
 _backend: str | None = None
 _linear_product: str | None = None
+_cell_compiler: str | None = None
 # Whether every product of linear layers is known to be the kernels'. fastseq._products finds out.
 fused_everywhere = False
 
@@ -159,8 +168,12 @@ def linear_product_name() -> str:
 
 
 def _checked_product(name: str, argument: str) -> str:
-    if name not in LINEAR_PRODUCTS:
-        raise ValueError(f"{argument} must be one of {list(LINEAR_PRODUCTS)}, got {name!r}")
+    return _checked(name, argument, LINEAR_PRODUCTS)
+
+
+def _checked(name: str, argument: str, names: tuple[str, ...]) -> str:
+    if name not in names:
+        raise ValueError(f"{argument} must be one of {list(names)}, got {name!r}")
     return name
 
 
@@ -183,6 +196,33 @@ def linear_product(name: str) -> Iterator[None]:
     finally:
         _linear_product = previous
         fused_everywhere = False
+
+
+def cell_compiler_name() -> str:
+    """Whether users' cells are compiled as C++: ``"auto"``, ``"on"`` or ``"off"``."""
+    global _cell_compiler
+    if _cell_compiler is None:
+        name = os.environ.get("FASTSEQ_CELL_COMPILER") or "auto"
+        _cell_compiler = _checked(name, "FASTSEQ_CELL_COMPILER", CELL_COMPILERS)
+    return _cell_compiler
+
+
+@contextmanager
+def cell_compiler(name: str) -> Iterator[None]:
+    """Run users' cells in the block as C++ where they can be (``"auto"``), ``"off"`` on Numba.
+
+    ``"on"`` raises for a cell that cannot be compiled. A backward pass runs as its forward did.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+    """
+    global _cell_compiler
+    checked = _checked(name, "cell_compiler", CELL_COMPILERS)
+    previous, _cell_compiler = cell_compiler_name(), checked
+    try:
+        yield
+    finally:
+        _cell_compiler = previous
 
 
 def set_isa(name: str) -> None:

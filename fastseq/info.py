@@ -17,15 +17,21 @@ from typing import Any
 
 
 def collect() -> dict[str, Any]:
-    """``capabilities()`` plus the versions of Python and torch."""
+    """``capabilities()`` plus the versions of Python, torch and the compiler of users' cells."""
     # Loaded first, as in every program that computes something: the kernels use torch's OpenMP
     # library and thread count, and that is what should be shown.
     torch_version: str | None = None
     with contextlib.suppress(ImportError):
         torch_version = str(importlib.import_module("torch").__version__)
+    from fastseq._cell_compiler import describe
     from fastseq._config import capabilities
 
-    return {"python": platform.python_version(), "torch": torch_version, **capabilities()}
+    return {
+        "python": platform.python_version(),
+        "torch": torch_version,
+        **capabilities(),
+        "cell_compiler": describe(),
+    }
 
 
 def _bytes(count: int | None) -> str:
@@ -63,6 +69,7 @@ def lines(info: dict[str, Any]) -> list[str]:
         "caches": caches or "unknown",
         "CPU kernels": _available(info["extension"]),
         "Numba kernels": _available(info["numba"]),
+        "cell compiler": info["cell_compiler"]["version"] or _available(info["cell_compiler"]),
         "CUDA kernels": _available(info["cuda"]),
     }
     width = max(map(len, rows))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 # Which vector instructions torch's compiler may use is nothing that tests of fastseq depend on, and
 # it takes 20 seconds to find out, by compiling a program for each set.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+# Cells run on Numba but for the tests that are about compiling them as C++ (compiled_cells.py).
+os.environ["FASTSEQ_CELL_COMPILER"] = "off"
 # Beside another process of the suite, a team of threads that spins between two calls takes the core
 # that the other one computes on: the suite takes twice as long. Read when torch loads its OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

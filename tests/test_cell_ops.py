@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastseq.nn as fast_nn
 from fastseq import cells
+from fastseq._cells import NUMBA_CELL_LAYOUT
 from fastseq._ops.cells import composite
 from fastseq.backends import FastseqFallbackWarning
 from fastseq.cells.shipped import SHIPPED
@@ -65,19 +66,19 @@ def test_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     states, weights = list(draw_states(layer, 2)), list(layer.parameters())
     options = (layer.cell.key, False, False, True, False, False)
     rows = (None, torch.tensor([3, 1]))
-    forward = (x, states, weights, None, *rows, *options, True)
+    forward = (x, states, weights, None, *rows, *options, True, NUMBA_CELL_LAYOUT)
     torch.library.opcheck(torch.ops.fastseq.cell_forward.default, forward)
     with torch.no_grad():
         plain = [t.detach() for t in (x, *states, *weights)]
         x, states, weights = plain[0], plain[1:3], plain[3:]
         output, final, reserve = torch.ops.fastseq.cell_forward(
-            x, states, weights, None, *rows, *options, True
+            x, states, weights, None, *rows, *options, True, NUMBA_CELL_LAYOUT
         )
     needs = [True, False, *[True] * (len(plain) - 2)]
     torch.library.opcheck(
         torch.ops.fastseq.cell_backward.default,
         (torch.randn_like(output), [torch.randn_like(s) for s in final], x, states, weights,
-         None, reserve, *rows, *options, needs),
+         None, None, reserve, *rows, *options, needs, NUMBA_CELL_LAYOUT),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastseq import _recorder
+from fastseq._cells import COMPILED_CELL_LAYOUT, NUMBA_CELL_LAYOUT
 from fastseq._ops.shared import (
     PLAIN_TYPES,
     has_lazy_negation,
@@ -24,7 +25,7 @@ from fastseq.backends.reference_cells import sizes_of
 from fastseq.cells.definition import find
 from fastseq.cells.plan import Plan
 
-__all__ = ["cell_layer"]
+__all__ = ["cell_layer", "runs_compiled"]
 
 # What is not a tensor: (key of the cell, recurrent_dropout, zoneout, has_biases, bidirectional,
 # batch_first).
@@ -34,30 +35,61 @@ _WITH_KERNELS = frozenset({"cpu", "numba"})
 library.define(
     "cell_forward(Tensor input, Tensor[] states, Tensor[] weights, Tensor? masks, "
     "Tensor? batch_sizes, Tensor? lengths, str cell, bool recurrent_dropout, bool zoneout, "
-    "bool has_biases, bool bidirectional, bool batch_first, bool save) "
+    "bool has_biases, bool bidirectional, bool batch_first, bool save, int reserve_layout) "
     "-> (Tensor output, Tensor[] final, Tensor reserve)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 library.define(
     "cell_backward(Tensor? grad_output, Tensor?[] grad_final, Tensor input, Tensor[] states, "
-    "Tensor[] weights, Tensor? masks, Tensor reserve, Tensor? batch_sizes, Tensor? lengths, "
+    "Tensor[] weights, Tensor? masks, Tensor? output, Tensor reserve, "
+    "Tensor? batch_sizes, Tensor? lengths, "
     "str cell, bool recurrent_dropout, bool zoneout, bool has_biases, bool bidirectional, "
-    "bool batch_first, bool[] needs) "
+    "bool batch_first, bool[] needs, int reserve_layout) "
     "-> (Tensor grad_input, Tensor[] grad_states, Tensor[] grad_weights)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
 _backend: Any = None
+_compiled_backend: Any = None
+_is_chosen: Any = None
 
 
-def _kernels() -> Any:
-    """The driver, with Numba behind it; imported by the first call."""
+def _numba() -> Any:
+    """The driver with Numba behind it; imported by the first call."""
     global _backend
     if _backend is None:
         from fastseq.backends.numba import recurrent
 
         _backend = recurrent
     return _backend
+
+
+def _compiled() -> Any:
+    """The C++ driver for cells that are compiled where they are used."""
+    global _compiled_backend
+    if _compiled_backend is None:
+        from fastseq.backends.compiled_cells import recurrent
+
+        _compiled_backend = recurrent
+    return _compiled_backend
+
+
+def _of_layout(reserve_layout: int) -> Any:
+    """The driver that reads and writes this layout, whichever would be chosen by now."""
+    return _compiled() if reserve_layout > 0 else _numba()
+
+
+# Compiles and loads a library, which is nothing for a compiler's graph; the answer is.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def runs_compiled(key: str, recurrent_dropout: bool, zoneout: bool, dtype: torch.dtype) -> bool:
+    """Whether the cell runs on the C++ driver, compiled by now."""
+    global _is_chosen
+    if _is_chosen is None:
+        from fastseq.backends.compiled_cells.choice import is_chosen
+
+        _is_chosen = is_chosen
+    answer: bool = _is_chosen(find(key).regularised(recurrent_dropout, zoneout), dtype)
+    return answer
 
 
 def _plan(options: Options) -> Plan:
@@ -107,13 +139,15 @@ def _run_forward(
     lengths: Tensor | None,
     options: Options,
     save: bool,
+    reserve_layout: int,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     arguments = (input, states, weights, masks, *options[3:], batch_sizes, lengths, save)
-    if _recorder.active is None:
-        return _kernels().forward(_plan(options), *arguments)
+    # The C++ driver records itself.
+    if _recorder.active is None or reserve_layout > 0:
+        return _of_layout(reserve_layout).forward(_plan(options), *arguments)
     rows = (batch_sizes, lengths)
     with _recorded("cell_forward", input, weights, options, rows, {"training": int(save)}):
-        return _kernels().forward(_plan(options), *arguments)
+        return _numba().forward(_plan(options), *arguments)
 
 
 def _run_backward(
@@ -123,19 +157,24 @@ def _run_backward(
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
     masks: Tensor | None,
+    output: Tensor | None,
     reserve: Tensor,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     options: Options,
     needs: Sequence[bool],
+    reserve_layout: int,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    arguments = (grad_output, grad_final, input, states, weights, masks, reserve, *options[3:])
-    rows = (batch_sizes, lengths)
+    rows, plan = (batch_sizes, lengths), _plan(options)
+    given = (grad_output, grad_final, input, states, weights, masks)
+    if reserve_layout > 0:
+        return _compiled().backward(plan, *given, output, reserve, *options[3:], *rows, needs)
+    arguments = (*given, reserve, *options[3:], *rows, needs)
     if _recorder.active is None:
-        return _kernels().backward(_plan(options), *arguments, *rows, needs)
+        return _numba().backward(plan, *arguments)
     asked = {"needs_x": int(needs[0]), "needs_w": int(any(needs[1 + len(states) :]))}
     with _recorded("cell_backward", input, weights, options, rows, asked):
-        return _kernels().backward(_plan(options), *arguments, *rows, needs)
+        return _numba().backward(plan, *arguments)
 
 
 # --- kernels
@@ -156,10 +195,11 @@ def _cell_forward(
     bidirectional: bool,
     batch_first: bool,
     save: bool,
+    reserve_layout: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     options = (cell, recurrent_dropout, zoneout, has_biases, bidirectional, batch_first)
     output, final, reserve = _run_forward(
-        input, states, weights, masks, batch_sizes, lengths, options, save
+        input, states, weights, masks, batch_sizes, lengths, options, save, reserve_layout
     )
     return output, final, or_empty(reserve, input)
 
@@ -172,6 +212,7 @@ def _cell_backward(
     states: list[Tensor],
     weights: list[Tensor],
     masks: Tensor | None,
+    output: Tensor | None,
     reserve: Tensor,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
@@ -182,6 +223,7 @@ def _cell_backward(
     bidirectional: bool,
     batch_first: bool,
     needs: list[bool],
+    reserve_layout: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     options = (cell, recurrent_dropout, zoneout, has_biases, bidirectional, batch_first)
     grad_input, grad_states, grad_weights = _run_backward(
@@ -191,11 +233,13 @@ def _cell_backward(
         states,
         weights,
         masks,
+        output,
         reserve,
         batch_sizes,
         lengths,
         options,
         needs,
+        reserve_layout,
     )
     return (
         or_empty(grad_input, input),
@@ -222,6 +266,7 @@ def _cell_forward_fake(
     bidirectional: bool,
     batch_first: bool,
     save: bool,
+    reserve_layout: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     options = (cell, recurrent_dropout, zoneout, has_biases, bidirectional, batch_first)
     plan = _plan(options)
@@ -242,7 +287,7 @@ def _cell_forward_fake(
     final = [input.new_empty((directions, batch, size)) for size in widths]
     elements = 0
     if save:
-        elements = _kernels().reserve_elements(
+        elements = _of_layout(reserve_layout).reserve_elements(
             plan, rows, hidden, directions, input.dtype.itemsize, proj_size
         )
     return output, final, input.new_empty(elements)
@@ -256,6 +301,7 @@ def _cell_backward_fake(
     states: list[Tensor],
     weights: list[Tensor],
     masks: Tensor | None,
+    output: Tensor | None,
     reserve: Tensor,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
@@ -266,6 +312,7 @@ def _cell_backward_fake(
     bidirectional: bool,
     batch_first: bool,
     needs: list[bool],
+    reserve_layout: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     def grad_of(tensor: Tensor, needed: bool) -> Tensor:
         return input.new_empty(tensor.shape if needed else 0)
@@ -318,11 +365,11 @@ def _differentiable_backward(
 
 
 def _dispatched_backward(
-    arguments: tuple[Any, ...], options: Options, needs: Sequence[bool]
+    arguments: tuple[Any, ...], options: Options, needs: Sequence[bool], reserve_layout: int
 ) -> list[Tensor | None]:
     """The gradients by way of the op."""
     grad_input, grad_states, grad_weights = torch.ops.fastseq.cell_backward(
-        *arguments, *options, needs
+        *arguments, *options, needs, reserve_layout
     )
     found = [grad_input, *grad_states, *grad_weights]
     return [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
@@ -337,7 +384,7 @@ def _gradients(
     watched: bool,
 ) -> list[Tensor | None]:
     """Of input, states and weights, by whichever way this backward has to go."""
-    input, masks, batch_sizes, lengths, reserve, *rest = saved
+    input, masks, batch_sizes, lengths, output, reserve, *rest = saved
     states, weights = rest[: ctx.state_count], rest[ctx.state_count :]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _differentiable_backward(
@@ -359,20 +406,25 @@ def _gradients(
         list(states),
         list(weights),
         masks,
+        output,
         reserve,
         batch_sizes,
         lengths,
     )
     if watched:
-        return _dispatched_backward(arguments, ctx.options, needs)
-    grad_input, grad_states, grad_weights = _run_backward(*arguments, ctx.options, needs)
+        return _dispatched_backward(arguments, ctx.options, needs, ctx.reserve_layout)
+    grad_input, grad_states, grad_weights = _run_backward(
+        *arguments, ctx.options, needs, ctx.reserve_layout
+    )
     return [grad_input, *grad_states, *grad_weights]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    input, states, weights, masks, batch_sizes, lengths, *options, _ = inputs
-    ctx.save_for_backward(input, masks, batch_sizes, lengths, output[2], *states, *weights)
+    input, states, weights, masks, batch_sizes, lengths, *options, _, reserve_layout = inputs
+    kept = output[0] if reserve_layout > 0 else None
+    ctx.save_for_backward(input, masks, batch_sizes, lengths, kept, output[2], *states, *weights)
     ctx.options, ctx.state_count = tuple(options), len(states)
+    ctx.reserve_layout = reserve_layout
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
@@ -384,13 +436,13 @@ def _backward(
     _grad_reserve: Tensor | None,
 ) -> tuple[Any, ...]:
     needs_input, needs_states, needs_weights, *_ = ctx.needs_input_grad
-    counts = ctx.state_count, len(ctx.saved_tensors) - 5 - ctx.state_count
+    counts = ctx.state_count, len(ctx.saved_tensors) - 6 - ctx.state_count
     needs = [needs_input]
     for needed, count in zip((needs_states, needs_weights), counts, strict=True):
         needs += [needed] * count if isinstance(needed, bool) else list(needed)
     found = _gradients(ctx, ctx.saved_tensors, grad_output, grad_final, needs, watched=True)
     first = 1 + ctx.state_count
-    return found[0], found[1:first], found[first:], *(None,) * 10
+    return found[0], found[1:first], found[first:], *(None,) * 11
 
 
 torch.library.register_autograd(
@@ -410,25 +462,27 @@ class _CellLayer(torch.autograd.Function):
         lengths: Tensor | None,
         options: Options,
         state_count: int,
+        reserve_layout: int,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
         states, weights = rest[:state_count], rest[state_count:]
         output, final, reserve = _run_forward(
-            input, states, weights, masks, batch_sizes, lengths, options, True
+            input, states, weights, masks, batch_sizes, lengths, options, True, reserve_layout
         )
-        ctx.save_for_backward(input, masks, batch_sizes, lengths, reserve, *rest)
-        ctx.options, ctx.state_count = options, state_count
+        kept = output if reserve_layout > 0 else None
+        ctx.save_for_backward(input, masks, batch_sizes, lengths, kept, reserve, *rest)
+        ctx.options, ctx.state_count, ctx.reserve_layout = options, state_count, reserve_layout
         ctx.set_materialize_grads(False)
         return output, *final
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_output, *grad_final = grads
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[7:]]
         found = _gradients(
             ctx, ctx.saved_tensors, grad_output, grad_final, needs, watched=is_watched()
         )
-        return found[0], None, None, None, None, None, *found[1:]
+        return found[0], None, None, None, None, None, None, *found[1:]
 
 
 # --- entry point
@@ -454,18 +508,20 @@ def cell_layer(
             _plan(options), input, states, weights, masks, *options[3:], batch_sizes, lengths
         )
     save = needs_gradient((input, *states, *weights))
+    compiled = runs_compiled(options[0], options[1], options[2], input.dtype)
+    layout = COMPILED_CELL_LAYOUT if compiled else NUMBA_CELL_LAYOUT
     plain = type(input) in PLAIN_TYPES and not is_watched()
     if plain and not has_lazy_negation(input, *states):
         if save:
             output, *final = _CellLayer.apply(
-                input, masks, batch_sizes, lengths, options, len(states), *states, *weights
+                input, masks, batch_sizes, lengths, options, len(states), layout, *states, *weights
             )
             return output, final
         output, final, _ = _run_forward(
-            input, states, weights, masks, batch_sizes, lengths, options, False
+            input, states, weights, masks, batch_sizes, lengths, options, False, layout
         )
         return output, final
     output, final, _ = torch.ops.fastseq.cell_forward(
-        input, list(states), list(weights), masks, batch_sizes, lengths, *options, save
+        input, list(states), list(weights), masks, batch_sizes, lengths, *options, save, layout
     )
     return output, final

@@ -162,6 +162,7 @@ def _cell_backward_flops(
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
     masks: Tensor | None,
+    output: Tensor | None,
     reserve: Tensor,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,

@@ -39,7 +39,7 @@ class Cell:
         self.name = getattr(function, "__name__", type(function).__name__)
         self.gates, self.states, self.parameters = gates, states, parameters
         self.outputs = _trace(self)
-        self.plan = make_plan(self.outputs, gates, len(parameters))
+        self.plan = make_plan(self.outputs, gates, len(parameters), name=self.name)
         self.__doc__ = function.__doc__
         self.__module__ = getattr(function, "__module__", __name__)
         self.__wrapped__ = function
@@ -75,7 +75,9 @@ class Cell:
         chosen = (recurrent_dropout, zoneout)
         if chosen not in self._plans:
             outputs, masks, state = regularised(self.outputs, *chosen)
-            self._plans[chosen] = make_plan(outputs, self.gates, len(self.parameters), masks, state)
+            self._plans[chosen] = make_plan(
+                outputs, self.gates, len(self.parameters), masks, state, self.name
+            )
         return self._plans[chosen]
 
     def __reduce__(self) -> Any:

@@ -37,6 +37,7 @@ class Plan:
 
     Attributes:
         key: identifies the formulas: equal for equal cells in any process.
+        name: what the cell is called.
         slots: in the order x, b, h.
         parameters: number of learned values per unit.
         masks: number of rows of random or constant factors that formulas read, not learned.
@@ -49,6 +50,7 @@ class Plan:
     """
 
     key: str
+    name: str
     slots: tuple[Slot, ...]
     parameters: int
     masks: int
@@ -150,6 +152,7 @@ def make_plan(
     parameters: int = 0,
     masks: int = 0,
     recurrent_state: int = 0,
+    name: str = "",
 ) -> Plan:
     """Slots, derivative and saved entries of formulas over the leaves x, h, s, p and m."""
     slots, nodes = _slots(outputs, gates)
@@ -173,6 +176,7 @@ def make_plan(
     text = f"{serialise(outputs)}\n{serialise(found)}\n{kept}\n{slots} {masks} {recurrent_state}"
     return Plan(
         key=hashlib.sha256(text.encode()).hexdigest()[:20],
+        name=name,
         slots=tuple(slots),
         parameters=parameters,
         masks=masks,

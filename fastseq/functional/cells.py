@@ -47,7 +47,8 @@ def cell_layers(
         cell: the cell.
         input: ``(T, B, I)``, ``(B, T, I)`` with ``batch_first``, ``(T, I)`` for one sequence, or
             ``(rows, I)`` with ``batch_sizes``. float32 and float64 on the CPU run on kernels that
-            Numba compiles; anything else on torch operators, with a warning.
+            are compiled for the cell, by a C++ compiler or by Numba; anything else on torch
+            operators, with a warning.
         states: initial states, as many as the cell has, each ``(L*D, B, H)``, without ``B`` for
             one sequence. Default: zeros.
         weights: for each layer and direction the parameters of
@@ -119,11 +120,18 @@ def cell_layers(
         proj_size,
         batch_sizes,
     )
+    drops_states = training and recurrent_dropout > 0 and cell.recurrent
+    zones = any(rates)
+    if (
+        reason is None
+        and _NO_NUMBA is not None
+        and _config.backend_name() != "reference"
+        and not _ops.runs_compiled(cell.key, drops_states, zones, input.dtype)
+    ):
+        reason = _NO_NUMBA
     if reason is not None:
         warn_fallback(reason)
 
-    drops_states = training and recurrent_dropout > 0 and cell.recurrent
-    zones = any(rates)
     options = (drops_states, zones, has_biases, bidirectional, batch_first)
     directions = 2 if bidirectional else 1
     per_layer = len(weights) // num_layers
@@ -167,7 +175,7 @@ def cell_layers(
 
 
 _NO_NUMBA = (
-    "cells run on Numba, which is not installed: pip install 'fastseq[numba]'"
+    "the cell is not compiled as C++, and Numba is not installed: pip install 'fastseq[numba]'"
     if importlib.util.find_spec("numba") is None
     else None
 )
@@ -175,9 +183,7 @@ _NO_NUMBA = (
 
 def _reason(input: Tensor) -> str | None:
     """Why the kernels cannot take the input; the reference backend needs none."""
-    if _config.backend_name() == "reference":
-        return None
-    return fallback_reason(input) or _NO_NUMBA
+    return None if _config.backend_name() == "reference" else fallback_reason(input)
 
 
 def _zoneout_rates(cell: Cell, zoneout: float | Sequence[float]) -> tuple[float, ...]:
