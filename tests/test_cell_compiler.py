@@ -87,7 +87,7 @@ def test_cells_that_cannot_be(fresh: None, caplog: pytest.LogCaptureFixture) -> 
 def test_without_numba(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What can be compiled needs nothing else; what cannot runs on torch's operators."""
     monkeypatch.setattr(functional_cells, "_NO_NUMBA", "Numba is not installed")
-    monkeypatch.setattr("fastseq._ops.cells._numba", None)
+    monkeypatch.setattr("fastseq._ops.cell_kernels._numba", None)
     layer, x = layer_and_input()
     with fastseq.cell_compiler("auto"), warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from fastseq._ops import flops  # noqa: F401  registers the formulas
 from fastseq._ops.attention import attention, plain_attention
-from fastseq._ops.cells import cell_layer, runs_compiled
+from fastseq._ops.cell_kernels import runs_compiled
+from fastseq._ops.cells import cell_layer
 from fastseq._ops.decoding import plain_decoder_step
 from fastseq._ops.linear import linear, plain_linear
 from fastseq._ops.norm import norm, plain_norm

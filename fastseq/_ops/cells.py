@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fastseq import _recorder
 from fastseq._cells import COMPILED_CELL_LAYOUT, NUMBA_CELL_LAYOUT
+from fastseq._ops.cell_kernels import (
+    Options,
+    of_layout,
+    plan_of,
+    run_backward,
+    run_forward,
+    runs_compiled,
+)
 from fastseq._ops.shared import (
     PLAIN_TYPES,
     has_lazy_negation,
@@ -23,13 +29,9 @@ from fastseq._ops.shared import (
 from fastseq.backends.reference_cells import cell_layer as composite
 from fastseq.backends.reference_cells import sizes_of
 from fastseq.cells.definition import find
-from fastseq.cells.plan import Plan
 
-__all__ = ["cell_layer", "runs_compiled"]
+__all__ = ["cell_layer"]
 
-# What is not a tensor: (key of the cell, recurrent_dropout, zoneout, has_biases, bidirectional,
-# batch_first).
-Options = tuple[str, bool, bool, bool, bool, bool]
 _WITH_KERNELS = frozenset({"cpu", "numba"})
 
 library.define(
@@ -48,133 +50,6 @@ library.define(
     "-> (Tensor grad_input, Tensor[] grad_states, Tensor[] grad_weights)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
-
-_backend: Any = None
-_compiled_backend: Any = None
-_is_chosen: Any = None
-
-
-def _numba() -> Any:
-    """The driver with Numba behind it; imported by the first call."""
-    global _backend
-    if _backend is None:
-        from fastseq.backends.numba import recurrent
-
-        _backend = recurrent
-    return _backend
-
-
-def _compiled() -> Any:
-    """The C++ driver for cells that are compiled where they are used."""
-    global _compiled_backend
-    if _compiled_backend is None:
-        from fastseq.backends.compiled_cells import recurrent
-
-        _compiled_backend = recurrent
-    return _compiled_backend
-
-
-def _of_layout(reserve_layout: int) -> Any:
-    """The driver that reads and writes this layout, whichever would be chosen by now."""
-    return _compiled() if reserve_layout > 0 else _numba()
-
-
-# Compiles and loads a library, which is nothing for a compiler's graph; the answer is.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def runs_compiled(key: str, recurrent_dropout: bool, zoneout: bool, dtype: torch.dtype) -> bool:
-    """Whether the cell runs on the C++ driver, compiled by now."""
-    global _is_chosen
-    if _is_chosen is None:
-        from fastseq.backends.compiled_cells.choice import is_chosen
-
-        _is_chosen = is_chosen
-    answer: bool = _is_chosen(find(key).regularised(recurrent_dropout, zoneout), dtype)
-    return answer
-
-
-def _plan(options: Options) -> Plan:
-    key, recurrent_dropout, zoneout, *_ = options
-    return find(key).regularised(recurrent_dropout, zoneout)
-
-
-def _recorded(
-    kernel: str,
-    input: Tensor,
-    weights: Sequence[Tensor],
-    options: Options,
-    rows: tuple[Tensor | None, Tensor | None],
-    more: dict[str, int],
-) -> AbstractContextManager[None]:
-    """The call as a profile keeps it, with what its model has to know of the cell."""
-    from fastseq.backends.numba.recording import recurrent_call
-
-    key, _, _, has_biases, bidirectional, batch_first = options
-    cell, plan = find(key), _plan(options)
-    return recurrent_call(
-        kernel,
-        cell.name,
-        input,
-        *sizes_of(plan, weights, has_biases, bidirectional),
-        has_biases,
-        bidirectional,
-        batch_first,
-        *rows,
-        {
-            "input_gates": len(plan.input_gates),
-            "hidden_gates": len(plan.hidden_gates),
-            "states": plan.states,
-            "saved": len(plan.entries),
-            "parameters": plan.parameters,
-            **more,
-        },
-    )
-
-
-def _run_forward(
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    masks: Tensor | None,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    options: Options,
-    save: bool,
-    reserve_layout: int,
-) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    arguments = (input, states, weights, masks, *options[3:], batch_sizes, lengths, save)
-    # The C++ driver records itself.
-    if _recorder.active is None or reserve_layout > 0:
-        return _of_layout(reserve_layout).forward(_plan(options), *arguments)
-    rows = (batch_sizes, lengths)
-    with _recorded("cell_forward", input, weights, options, rows, {"training": int(save)}):
-        return _numba().forward(_plan(options), *arguments)
-
-
-def _run_backward(
-    grad_output: Tensor | None,
-    grad_final: Sequence[Tensor | None],
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    masks: Tensor | None,
-    output: Tensor | None,
-    reserve: Tensor,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    options: Options,
-    needs: Sequence[bool],
-    reserve_layout: int,
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    rows, plan = (batch_sizes, lengths), _plan(options)
-    given = (grad_output, grad_final, input, states, weights, masks)
-    if reserve_layout > 0:
-        return _compiled().backward(plan, *given, output, reserve, *options[3:], *rows, needs)
-    arguments = (*given, reserve, *options[3:], *rows, needs)
-    if _recorder.active is None:
-        return _numba().backward(plan, *arguments)
-    asked = {"needs_x": int(needs[0]), "needs_w": int(any(needs[1 + len(states) :]))}
-    with _recorded("cell_backward", input, weights, options, rows, asked):
-        return _numba().backward(plan, *arguments)
 
 
 # --- kernels
@@ -198,7 +73,7 @@ def _cell_forward(
     reserve_layout: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     options = (cell, recurrent_dropout, zoneout, has_biases, bidirectional, batch_first)
-    output, final, reserve = _run_forward(
+    output, final, reserve = run_forward(
         input, states, weights, masks, batch_sizes, lengths, options, save, reserve_layout
     )
     return output, final, or_empty(reserve, input)
@@ -226,7 +101,7 @@ def _cell_backward(
     reserve_layout: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     options = (cell, recurrent_dropout, zoneout, has_biases, bidirectional, batch_first)
-    grad_input, grad_states, grad_weights = _run_backward(
+    grad_input, grad_states, grad_weights = run_backward(
         grad_output,
         grad_final,
         input,
@@ -269,7 +144,7 @@ def _cell_forward_fake(
     reserve_layout: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     options = (cell, recurrent_dropout, zoneout, has_biases, bidirectional, batch_first)
-    plan = _plan(options)
+    plan = plan_of(options)
     directions = 2 if bidirectional else 1
     hidden, proj_size = sizes_of(plan, weights, has_biases, bidirectional)
     width = proj_size or hidden
@@ -287,7 +162,7 @@ def _cell_forward_fake(
     final = [input.new_empty((directions, batch, size)) for size in widths]
     elements = 0
     if save:
-        elements = _of_layout(reserve_layout).reserve_elements(
+        elements = of_layout(reserve_layout).reserve_elements(
             plan, rows, hidden, directions, input.dtype.itemsize, proj_size
         )
     return output, final, input.new_empty(elements)
@@ -345,7 +220,7 @@ def _differentiable_backward(
     wanted = [tensor for tensor, needed in zip(sources, needs, strict=True) if needed]
     with torch.enable_grad():
         output, final = composite(
-            _plan(options), input, states, weights, masks, *options[3:], batch_sizes, lengths
+            plan_of(options), input, states, weights, masks, *options[3:], batch_sizes, lengths
         )
         pairs = [
             (result, grad)
@@ -413,7 +288,7 @@ def _gradients(
     )
     if watched:
         return _dispatched_backward(arguments, ctx.options, needs, ctx.reserve_layout)
-    grad_input, grad_states, grad_weights = _run_backward(
+    grad_input, grad_states, grad_weights = run_backward(
         *arguments, ctx.options, needs, ctx.reserve_layout
     )
     return [grad_input, *grad_states, *grad_weights]
@@ -466,7 +341,7 @@ class _CellLayer(torch.autograd.Function):
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
         states, weights = rest[:state_count], rest[state_count:]
-        output, final, reserve = _run_forward(
+        output, final, reserve = run_forward(
             input, states, weights, masks, batch_sizes, lengths, options, True, reserve_layout
         )
         kept = output if reserve_layout > 0 else None
@@ -505,7 +380,7 @@ def cell_layer(
     compiling = torch.compiler.is_compiling()
     if not compiling and wants_composite(_WITH_KERNELS):
         return composite(
-            _plan(options), input, states, weights, masks, *options[3:], batch_sizes, lengths
+            plan_of(options), input, states, weights, masks, *options[3:], batch_sizes, lengths
         )
     save = needs_gradient((input, *states, *weights))
     compiled = runs_compiled(options[0], options[1], options[2], input.dtype)
@@ -517,7 +392,7 @@ def cell_layer(
                 input, masks, batch_sizes, lengths, options, len(states), layout, *states, *weights
             )
             return output, final
-        output, final, _ = _run_forward(
+        output, final, _ = run_forward(
             input, states, weights, masks, batch_sizes, lengths, options, False, layout
         )
         return output, final
