@@ -239,9 +239,18 @@ def test_files_that_are_no_library(
     made = _cell_compiler.library(choice.struct(uneven.plan), "uneven", "float64", isa)
     with pytest.raises(ImportError, match="not base and 0"):
         load(str(made), "base", 0)
-    # A folder that nobody may write leaves the library to this process.
+    # Where there can be no folder, the library stays with this process.
     monkeypatch.setattr(_config, "cache_folder", lambda: tmp_path / "text.so")
     assert Path(_cell_compiler._kept_in()).is_dir()
+
+
+def test_folder_that_others_may_write_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_config, "cache_folder", lambda: tmp_path)
+    assert _cell_compiler._kept_in() == tmp_path / "cells"
+    (tmp_path / "cells").chmod(0o777)
+    assert _cell_compiler._kept_in() != tmp_path / "cells"
 
 
 # --- what backward finds
