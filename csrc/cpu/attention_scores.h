@@ -178,7 +178,7 @@ struct PanelScores {
           }
           if (!in_window) {
             IntVec<T> here = IntVec<T>{} + (Integer)row;
-            score = (here >= first_seen) & (here <= last_seen) ? score : negative_infinity<T>();
+            score = ((here >= first_seen) & (here <= last_seen)) ? score : negative_infinity<T>();
           }
           if (masked) {
             if (mask[0]) score = keep[j] == broadcast(T(0)) ? negative_infinity<T>() : score;

@@ -37,6 +37,10 @@ struct WideKeys {
   }
 };
 
+struct EvenLanes {
+  static constexpr int at(int i) { return 2 * i; }
+};
+
 // Dropout of a matrix's elements. Columns go in groups of dropout_group; element (row, column) has word (column % 32) / 8 of
 // the counter (8 * (column / 32) + column % 8, row's low word, row's high word, offset): whatever the vector, the counters of
 // a group fill whole vectors, and its words come out in the order of the columns.
@@ -78,9 +82,9 @@ struct ElementDropout {
       if constexpr (sizeof(T) == 8) {
         factor[v] = (Vec<T>)((IntVec<T>)kept[v] & bits);
       } else {
-        IntVec<T> even;  // the low halves of two vectors of 64-bit lanes
-        for (int i = 0; i < L; ++i) even[i] = 2 * i;
-        factor[v] = (Vec<T>)(__builtin_shuffle((IntVec<T>)kept[2 * v], (IntVec<T>)kept[2 * v + 1], even) & bits);
+        // The low halves of two vectors of 64-bit lanes.
+        IntVec<T> low = shuffle<T, EvenLanes>((IntVec<T>)kept[2 * v], (IntVec<T>)kept[2 * v + 1]);
+        factor[v] = (Vec<T>)(low & bits);
       }
     }
   }

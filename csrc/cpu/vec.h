@@ -29,7 +29,7 @@
 #define FS_TILE_ROWS 6
 #endif
 
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)  // Clang before 16 has the second name
 #define FS_MATRIX_UNIT 1
 #else
 #define FS_MATRIX_UNIT 0
@@ -198,22 +198,39 @@ FS_INLINE Vec<double> at_least(Vec<double> value, Vec<double> floor) {
 #endif
 }
 
+// Lane i of the result is lane Source::at(i) of `a` followed by `b`. GCC before version 12 has one of the two builtins, Clang the
+// other.
+template <class T, class Source, class V, int Count = lanes<T>, int... Lanes>
+FS_INLINE V shuffle(V a, V b) {
+  if constexpr (Count > 0) {
+    return shuffle<T, Source, V, Count - 1, Count - 1, Lanes...>(a, b);
+  } else {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, Source::at(Lanes)...);
+#else
+    return __builtin_shuffle(a, b, IntVec<T>{Source::at(Lanes)...});
+#endif
+  }
+}
+
+// Of every group of 2 * Stride lanes the first Stride (Half 0) or the others (Half 1): those of `a`, then those of `b`.
+template <class T, int Stride, int Half>
+struct HalfGroups {
+  static constexpr int at(int i) {
+    int group = i / (2 * Stride), place = i % (2 * Stride);
+    return (place < Stride ? 0 : lanes<T>)+group * 2 * Stride + place % Stride + Half * Stride;
+  }
+};
+
 // Lane i of the result is the sum of the lanes of rows[i]: log2(lanes) rounds of pairwise adds, a fixed order.
 template <class T, int Stride, int Count>
 FS_INLINE Vec<T> transpose_add(Vec<T>* rows) {
   if constexpr (Count == 1) {
     return rows[0];
   } else {
-    IntVec<T> low, high;
-    for (int i = 0; i < lanes<T>; ++i) {
-      // Groups of 2 * Stride lanes: the first Stride come from one vector, the next from the other.
-      int group = i / (2 * Stride), place = i % (2 * Stride);
-      int source = (place < Stride ? 0 : lanes<T>)+group * 2 * Stride + place % Stride;
-      low[i] = source;
-      high[i] = source + Stride;
-    }
     for (int i = 0; i < Count / 2; ++i)
-      rows[i] = __builtin_shuffle(rows[2 * i], rows[2 * i + 1], low) + __builtin_shuffle(rows[2 * i], rows[2 * i + 1], high);
+      rows[i] = shuffle<T, HalfGroups<T, Stride, 0>>(rows[2 * i], rows[2 * i + 1]) +
+                shuffle<T, HalfGroups<T, Stride, 1>>(rows[2 * i], rows[2 * i + 1]);
     return transpose_add<T, Stride * 2, Count / 2>(rows);
   }
 }
@@ -222,17 +239,11 @@ FS_INLINE Vec<T> transpose_add(Vec<T>* rows) {
 template <class T, int Stride = 1>
 FS_INLINE void transpose(Vec<T>* rows) {
   if constexpr (Stride < lanes<T>) {
-    IntVec<T> low, high;
-    for (int i = 0; i < lanes<T>; ++i) {
-      bool second = (i / Stride) % 2;
-      low[i] = second ? lanes<T> + i - Stride : i;
-      high[i] = second ? lanes<T> + i : i + Stride;
-    }
     for (int i = 0; i < lanes<T>; ++i) {
       if ((i / Stride) % 2) continue;
       Vec<T> first = rows[i], other = rows[i + Stride];
-      rows[i] = __builtin_shuffle(first, other, low);
-      rows[i + Stride] = __builtin_shuffle(first, other, high);
+      rows[i] = shuffle<T, HalfGroups<T, Stride, 0>>(first, other);
+      rows[i + Stride] = shuffle<T, HalfGroups<T, Stride, 1>>(first, other);
     }
     transpose<T, Stride * 2>(rows);
   }
@@ -246,21 +257,28 @@ FS_INLINE IntVec<T> lane_index() {
   return index;
 }
 
+// Every lane gets the one Step away, to and fro.
+template <int Step>
+struct Partner {
+  static constexpr int at(int i) { return i ^ Step; }
+};
+
 // The sum and the largest of all lanes, in a fixed order; NaN lanes do not take part in the largest.
-template <class T>
+template <class T, int Step = lanes<T> / 2>
 FS_INLINE T sum_of_lanes(Vec<T> value) {
-#pragma GCC unroll 4
-  for (int step = lanes<T> / 2; step; step /= 2) value = value + __builtin_shuffle(value, lane_index<T>() ^ step);
-  return value[0];
+  if constexpr (Step == 0)
+    return value[0];
+  else
+    return sum_of_lanes<T, Step / 2>(value + shuffle<T, Partner<Step>>(value, value));
 }
-template <class T>
+template <class T, int Step = lanes<T> / 2>
 FS_INLINE T largest_lane(Vec<T> value) {
-#pragma GCC unroll 4
-  for (int step = lanes<T> / 2; step; step /= 2) {
-    Vec<T> other = __builtin_shuffle(value, lane_index<T>() ^ step);
-    value = other > value ? other : value;
+  if constexpr (Step == 0) {
+    return value[0];
+  } else {
+    Vec<T> other = shuffle<T, Partner<Step>>(value, value);
+    return largest_lane<T, Step / 2>(other > value ? other : value);
   }
-  return value[0];
 }
 
 }  // namespace
