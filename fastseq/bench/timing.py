@@ -11,9 +11,9 @@ from time import perf_counter
 
 from fastseq.bench.settle import settle
 
-# Visits shorter than this are filled with further calls, so that the clock's resolution and the
-# cold caches left behind by the previous peer do not decide a case of a few microseconds.
-_VISIT_SECONDS = 2e-3
+# Visits shorter than this are filled with further calls, so that neither the clock's resolution nor
+# what the previous peer left behind (cold caches, threads asleep, a slower clock rate) decides.
+_VISIT_SECONDS = 2e-2
 # Calls of such a visit are also timed one by one for their percentiles, up to this time and number.
 _SINGLES_SECONDS = 5e-3
 _SINGLES = 100
