@@ -243,8 +243,10 @@ struct AttentionForward {
     for (int64_t begin = piece.keys.begin; begin < piece.keys.end; begin += key_block) {
       Range block{begin, minimum(begin + key_block, piece.keys.end)};
       if (tiles || b.key_copy || b.value_copy) enter_phase(Phase::pack);
+      // Tiles are a copy, too.
+      T* key_copy = tiles && !shape.block_table ? nullptr : b.key_copy;
       RowBlock<T> keys =
-          key_rows<T>(shape, call.key, *piece.span, piece.batch, piece.kv_head, block, sizes.key_size, b.key_copy, tiles);
+          key_rows<T>(shape, call.key, *piece.span, piece.batch, piece.kv_head, block, sizes.key_size, key_copy, tiles);
       RowBlock<T> values{};
       if (with_values)
         values = key_rows<T>(shape, call.value, *piece.span, piece.batch, piece.kv_head, block, sizes.value_size, b.value_copy);

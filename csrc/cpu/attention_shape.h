@@ -5,6 +5,7 @@
 #include "attention_tile.h"
 #include "dropout.h"
 #include "math.h"
+#include "pack.h"
 
 namespace fastseq::FS_ISA {
 namespace {
@@ -160,11 +161,15 @@ FS_INLINE Panel<T> make_panel(const SequenceSpan& span, int64_t batch, int64_t f
 template <class T>
 FS_INLINE void pack_lanes(const T* const* rows /* [panel_width] */, int64_t depth, T* panel /* [depth][panel_width] */) {
   constexpr int L = lanes<T>;
+  for (int lane = 0; lane < 2 * L; ++lane) __builtin_prefetch(rows[lane]);
   for (int half = 0; half < 2; ++half)
     for (int64_t k = 0; k < depth; k += L) {
       int64_t count = minimum(L, depth - k);
       Vec<T> block[L];
-      for (int j = 0; j < L; ++j) block[j] = load_partial(rows[half * L + j] + k, count);
+      for (int j = 0; j < L; ++j) {
+        __builtin_prefetch(rows[half * L + j] + k + 2 * L);
+        block[j] = load_partial(rows[half * L + j] + k, count);
+      }
       transpose<T>(block);
       for (int64_t j = 0; j < count; ++j) store(panel + (k + j) * panel_width<T> + half * L, block[j]);
     }
@@ -240,9 +245,14 @@ FS_INLINE RowBlock<T> key_rows(const fastseq_attention_shape& shape, const fasts
     block.data = key_row<T>(shape, tensor, span, batch, head, keys.begin);
     block.stride = tensor.row_stride;
   } else {
-    for (int64_t key = keys.begin; key < keys.end; ++key)
-      memcpy(copy + (key - keys.begin) * block.stride, key_row<T>(shape, tensor, span, batch, head, key),
-             (size_t)size * sizeof(T));
+    constexpr int64_t ahead = 8, line = 64 / (int64_t)sizeof(T);
+    for (int64_t key = keys.begin; key < keys.end; ++key) {
+      if (key + ahead < keys.end) {
+        const T* next = key_row<T>(shape, tensor, span, batch, head, key + ahead);
+        for (int64_t i = 0; i < size; i += line) __builtin_prefetch(next + i);
+      }
+      copy_row(key_row<T>(shape, tensor, span, batch, head, key), size, copy + (key - keys.begin) * block.stride);
+    }
   }
   if (tiles) block.pack(keys.count(), size, tiles);
   return block;

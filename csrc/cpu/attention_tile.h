@@ -34,6 +34,8 @@ struct RowBlock {
     for (int64_t tile = 0; tile < rows; tile += R, target += R * size)
       for (int64_t k = 0; k < size; k += L) {
         int64_t count = minimum(L, size - k);
+        // Rows may lie far apart, where the processor's own prefetcher does not look.
+        for (int64_t row = tile + R; row < minimum(tile + 2 * R, rows); ++row) __builtin_prefetch(data + row * stride + k);
         // A store may reach into the next k: the parts of a tile go from the last to the first, which then repairs that.
         for (int64_t part = (R - 1) / L * L; part >= 0; part -= L) {
           Vec<T> block[L];

@@ -342,6 +342,7 @@ struct LinearForward {
             end = shape.outputs;
             copy_edge(buffers.edge + row * W, rows.begin + row, row_count, column, end);
           }
+          if (call.residual.data && end + W <= shape.outputs) prefetch_residual(rows.begin + row, row_count, end);
           if (trivial || ((panel + 1) % unit && panel + 1 < count)) return;
           column = column / dropout_group * dropout_group;
           // With short sums the clock would take as long as what it measures.
@@ -350,6 +351,14 @@ struct LinearForward {
                          column, end - column);
           enter_phase(Phase::product);
         });
+  }
+
+  // The residual of a panel's rows, asked for while the panel before is finished: each row is a line or two far from the next
+  // row's, where no hardware prefetcher looks.
+  FS_INLINE void prefetch_residual(int64_t row, int64_t rows, int64_t column) {
+    constexpr int64_t line = 64 / (int64_t)sizeof(T);
+    for (int64_t r = row; r < row + rows; ++r)
+      for (int64_t i = 0; i < W; i += line) __builtin_prefetch(at<T>(call.residual, r, column + i), 0, 2);
   }
 
   FS_NOINLINE void copy_edge(const T* edge /* [rows][W] */, int64_t row, int64_t rows, int64_t column, int64_t end) {
