@@ -15,7 +15,9 @@ struct AttentionDecode {
   static constexpr int L = lanes<T>;
   static constexpr int64_t most_rows = 8;                           // of all query heads that share keys
   static constexpr int64_t score_stride = round_up(key_block, 64);  // of a row of scores: whole vectors
-  static constexpr int64_t wanted_pieces = 16, fewest_keys = 256;   // of a split
+  // Keys and values are read once: 512 KiB of them take one thread 30 us and more, several times what waking a second does.
+  static constexpr int64_t single_thread_flops = 1 << 18;
+  static constexpr int64_t wanted_pieces = 16, fewest_keys = 256;  // of a split
 
   // What one split knows about the rows of one key head.
   struct Partial {
@@ -90,7 +92,7 @@ struct AttentionDecode {
       Range mine = split(heads, size, rank);
       for (int64_t i = mine.begin; i < mine.end; ++i) join_splits(i / sizes.kv_heads, i % sizes.kv_heads);
     };
-    run_parallel(sizes.useful_threads(threads), body);
+    run_parallel(sizes.useful_threads(threads, single_thread_flops), body);
     return FASTSEQ_OK;
   }
 
@@ -174,7 +176,7 @@ struct AttentionDecode {
 #pragma GCC unroll 16
           for (int j = 0; j < L; ++j) sum[j] = fused_multiply_add(load(key[j] + k), value, sum[j]);
           // Each row asks for its share of the next keys, so that memory has something to do all the time.
-          for (int64_t j = row; j < L; j += rows) __builtin_prefetch(key[j] + k + L * keys.stride);
+          for (int64_t j = row; j < L; j += rows) __builtin_prefetch(key[j] + k + 2 * L * keys.stride, 0, 2);
         }
         if (whole < size) {
           V value = load(q + whole);
@@ -243,26 +245,14 @@ struct AttentionDecode {
     }
   }
   template <int R, int C>
-  FS_NOINLINE void add_rows(RowBlock<T> values, int64_t count, const T* weights, const T* shrink, T* output) const {
-    constexpr int64_t ahead = 16;
+  FS_INLINE void add_rows(RowBlock<T> values, int64_t count, const T* weights, const T* shrink, T* output) const {
     int64_t column = 0;
-    for (; column + C * L <= sizes.value_size; column += C * L) {
-      V sum[R][C] = {};
-      for (int64_t k = 0; k < count; ++k) {
-        const T* value = values.data + k * values.stride + column;
-#pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) {
-          V part = load(value + c * L);
-          __builtin_prefetch(value + c * L + ahead * values.stride);
-#pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) sum[r][c] = fused_multiply_add(broadcast(weights[r * score_stride + k]), part, sum[r][c]);
-        }
-      }
-      for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) {
-          T* place = output + r * output_stride + column + c * L;
-          store(place, fused_multiply_add(load(place), broadcast(shrink[r]), sum[r][c]));
-        }
+    for (; column + C * L <= sizes.value_size; column += C * L)
+      add_columns<R, C>(values, count, weights, shrink, output, column);
+    if constexpr (C > 1) {
+      // Heads of 64 and less are half of that at most.
+      for (; column + C / 2 * L <= sizes.value_size; column += C / 2 * L)
+        add_columns<R, C / 2>(values, count, weights, shrink, output, column);
     }
     for (; column < sizes.value_size; column += L) {
       V sum[R] = {};
@@ -275,6 +265,39 @@ struct AttentionDecode {
         store(place, fused_multiply_add(load(place), broadcast(shrink[r]), sum[r]));
       }
     }
+  }
+  // Columns [column, column + C * L) of R rows. Every second key has sums of its own where there are registers for them: fewer
+  // than eight sums would wait for their own multiply-adds.
+  template <int R, int C>
+  FS_NOINLINE void add_columns(RowBlock<T> values, int64_t count, const T* weights, const T* shrink, T* output,
+                               int64_t column) const {
+    constexpr int64_t ahead = 48;
+    constexpr int parts = R * C <= 8 ? 2 : 1;
+    V sum[parts][R][C] = {};
+    auto add_key = [&](int64_t k, int i) FS_LAMBDA_INLINE {
+      const T* value = values.data + k * values.stride + column;
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) {
+        V part = load(value + c * L);
+        __builtin_prefetch(value + c * L + ahead * values.stride, 0, 2);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+          sum[i][r][c] = fused_multiply_add(broadcast(weights[r * score_stride + k]), part, sum[i][r][c]);
+      }
+    };
+    int64_t k = 0;
+    for (; k + parts <= count; k += parts) {
+#pragma GCC unroll 2
+      for (int i = 0; i < parts; ++i) add_key(k + i, i);
+    }
+    if (k < count) add_key(k, 0);
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) {
+        T* place = output + r * output_stride + column + c * L;
+        V total = sum[0][r][c];
+        if constexpr (parts == 2) total += sum[1][r][c];
+        store(place, fused_multiply_add(load(place), broadcast(shrink[r]), total));
+      }
   }
 
   void join_splits(int64_t batch, int64_t kv_head) const {

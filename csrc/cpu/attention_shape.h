@@ -117,8 +117,7 @@ struct AttentionSizes {
     for (int64_t b = 0; b < batch; ++b) count += spans[b].queries * spans[b].keys;
     return count * heads;
   }
-  int useful_threads(int threads) const {
-    constexpr int64_t single_thread_flops = 1 << 20;
+  int useful_threads(int threads, int64_t single_thread_flops = 1 << 20) const {
     return 2 * score_count() * (key_size + value_size) < single_thread_flops ? 1 : threads;
   }
 

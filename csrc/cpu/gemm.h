@@ -273,11 +273,15 @@ FS_INLINE BlockedRow<T> plain_row(const T* data) {
 // lanes<T> dot products with W's rows in place, for a single row of A: nothing is packed, every weight is read once.
 // Result lane j is init lane j + W[row + j] . a; lanes past valid_rows are zero. Half of the rows at a time, because the
 // pointers to all of sixteen do not fit the integer registers, and several vectors along each: eight sums at least are needed
-// to hide the latency of a multiply-add.
-template <class T>
+// to hide the latency of a multiply-add. Rows are short and many, and the processor's own prefetcher begins anew with each: with
+// from_memory the second-level cache is asked for what is read one group of rows and prefetch_depth later. Where the weights
+// are in a cache already that costs 13 to 25 % of the time, where they are not it saves 15 to 30 %.
+template <class T, bool from_memory = false>
 FS_INLINE Vec<T> dot_rows(const T* w /* [valid_rows, depth], row stride depth */, int64_t valid_rows, BlockedRow<T> a,
                           int64_t depth, Vec<T> init) {
   constexpr int L = lanes<T>, group = L >= 4 ? L / 2 : L, along = group >= 4 ? 2 : 4;
+  constexpr int64_t line = 64 / (int64_t)sizeof(T);
+  const int64_t prefetch_depth = minimum(depth, 2048 / (int64_t)sizeof(T));
   Vec<T> sums[L];
 #pragma GCC unroll 2
   for (int first_row = 0; first_row < L; first_row += group) {
@@ -290,13 +294,21 @@ FS_INLINE Vec<T> dot_rows(const T* w /* [valid_rows, depth], row stride depth */
       int64_t last = minimum(depth, first + block_depth<T>);
       const T* value_at = block - first;
       int64_t k = first;
-      for (; k + along * L <= last; k += along * L)
+      for (; k + along * L <= last; k += along * L) {
+        if constexpr (from_memory) {
+          int64_t later = k + prefetch_depth;
+          if (later >= depth) later += (2 * group - 1) * depth;
+#pragma GCC unroll 8
+          for (int j = 0; j < group; ++j)
+            for (int64_t i = 0; i < along * L; i += line) __builtin_prefetch(row[j] + later + i, 0, 2);
+        }
 #pragma GCC unroll 4
         for (int i = 0; i < along; ++i) {
           Vec<T> value = load(value_at + k + i * L);
 #pragma GCC unroll 8
           for (int j = 0; j < group; ++j) part[i][j] = fused_multiply_add(load(row[j] + k + i * L), value, part[i][j]);
         }
+      }
       for (; k < last; k += L) {
         Vec<T> value = load_partial(value_at + k, last - k);
 #pragma GCC unroll 8

@@ -146,6 +146,13 @@ struct LinearForward {
   }
 
   int run_few() {
+    // Weights that the second-level caches do not hold mostly come from memory: a model has more than one layer.
+    constexpr int64_t cached_bytes = 1 << 20;
+    return shape.outputs * depth * (int64_t)sizeof(T) > cached_bytes ? run_few<true>() : run_few<false>();
+  }
+
+  template <bool from_memory>
+  int run_few() {
     LinearEpilogue<T> epilogue(call, (const T*)call.bias);
     RangeQueue queue;
     auto body = [&](int, int size) {
@@ -154,10 +161,13 @@ struct LinearForward {
       for (Range mine; (mine = next_outputs(queue, 4 * dropout_group, shape.outputs, size)).count();)
         for (int64_t column = mine.begin; column < mine.end; column += dropout_group) {
           int64_t columns = minimum(dropout_group, mine.end - column);
-          for (int64_t v = 0; v < columns; v += L)
+          for (int64_t v = 0; v < columns; v += L) {
+            const T* rows = weight + (column + v) * depth;
+            int64_t count = minimum(L, columns - v);
             for (int64_t row = 0; row < shape.rows; ++row)
-              store(sums + row * dropout_group + v, dot_rows(weight + (column + v) * depth, minimum(L, columns - v),
-                                                             plain_row<T>(at<T>(call.x, row, 0)), depth, Vec<T>{}));
+              store(sums + row * dropout_group + v,
+                    dot_rows<T, from_memory>(rows, count, plain_row<T>(at<T>(call.x, row, 0)), depth, Vec<T>{}));
+          }
           epilogue.apply(sums, dropout_group, 0, shape.rows, column, columns);
         }
     };
@@ -231,10 +241,14 @@ struct LinearForward {
       for (int64_t i = 0; i < tiles; ++i) {
         Range part = tile_rows.part(i);
         const T* a = copy_tile(weight + (block.begin + part.begin) * depth + k, depth, part.count(), step, buffers.tile);
+        // The weights of the next tile, where they are one piece of memory: each panel asks for its share, some of it a turn.
+        int64_t share = depth == step ? (part.count() + panels.count() - 1) / panels.count() : 0;
+        const T* ahead = share ? weight + (block.begin + part.end) * depth : nullptr;
         for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
           T* c = buffers.sums + ((panel - panels.begin) * output_block + part.begin) * W;
           run_tile<T, Walk::rows>(part.count(), a, buffers.panels + (panel * depth + k) * W, step, k ? c : zeros, k ? W : 0, c,
-                                  W);
+                                  W, W, ahead, share);
+          if (share) ahead += share * step;
         }
       }
     }

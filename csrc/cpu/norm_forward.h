@@ -14,7 +14,9 @@ struct RowMoments {
   T mean, correction, inverse_deviation;
 };
 
-template <class T, bool Rms>
+// from_memory: rows that no cache holds are asked for in the second-level cache, which has more requests under way than the
+// first: 0.90 to 0.95 of the time there, 1.07 to 1.11 for rows that a cache does hold.
+template <class T, bool Rms, bool from_memory>
 struct NormForward {
   const fastseq_norm_forward& call;
   const fastseq_norm_shape& shape = call.shape;
@@ -26,6 +28,13 @@ struct NormForward {
   const ElementDropout<T> dropout{shape.dropout, shape.dropout_seed, shape.dropout_offset};
   const bool adds = call.residual.data || dropout.active();
   const int64_t scratch_stride = round_up(features, 64 / sizeof(T)) + 64 / sizeof(T);
+
+  static FS_INLINE void prefetch(const T* place) {
+    if constexpr (from_memory)
+      __builtin_prefetch(place, 0, 2);
+    else
+      __builtin_prefetch(place);
+  }
 
   int run() {
     if (shape.rows == 0 || features == 0) return FASTSEQ_OK;
@@ -125,7 +134,7 @@ struct NormForward {
     Vec<T> means = broadcast<T>(mean);
     T sums[2];
     sum_along_row<T>(features, sums, [=](int64_t column, int64_t count, auto partial, Vec<T>* sum) FS_LAMBDA_INLINE {
-      __builtin_prefetch(next_input + column);
+      prefetch(next_input + column);
       Vec<T> deviation = load_some<partial.value>(x + column, count) - means;
       if (partial.value) deviation = first_lanes<T>(deviation, count);
       sum[0] = sum[0] + deviation;
@@ -146,8 +155,8 @@ struct NormForward {
     Vec<T> mean = broadcast<T>(moments.mean), scale = broadcast<T>(moments.inverse_deviation);
     Vec<T> shift = broadcast<T>(-moments.correction * moments.inverse_deviation);
     for_each_vector<T>(features, [=](int64_t column, int64_t count, auto partial) FS_LAMBDA_INLINE {
-      if (Rms) __builtin_prefetch(next_input + column);
-      __builtin_prefetch(next_residual + column);
+      if (Rms) prefetch(next_input + column);
+      prefetch(next_residual + column);
       Vec<T> value = load_some<partial.value>(x + column, count);
       Vec<T> factor = load_some<partial.value>(weight + column, count);
       if (Rms) {
@@ -169,8 +178,10 @@ int norm_forward(const fastseq_norm_forward* call) {
     profile_size("residual", call->residual.data != nullptr);
     profile_size("sum", call->sum.data != nullptr);
   }
-  if (call->shape.rms) return NormForward<T, true>{*call}.run();
-  return NormForward<T, false>{*call}.run();
+  constexpr int64_t cached_bytes = 4 << 20;
+  bool from_memory = call->shape.rows * call->shape.features * (int64_t)sizeof(T) > cached_bytes;
+  if (call->shape.rms) return from_memory ? NormForward<T, true, true>{*call}.run() : NormForward<T, true, false>{*call}.run();
+  return from_memory ? NormForward<T, false, true>{*call}.run() : NormForward<T, false, false>{*call}.run();
 }
 
 }  // namespace
