@@ -1,9 +1,10 @@
-"""Products with few rows or few terms, from factors as they lie.
+"""Products of all rows with one matrix, from factors as they lie or in panels.
 
-torch's products would do, but for their bits: its library splits long sums over threads where
-results are few, and how it adds up may depend on how far apart rows lie. Here a thread has rows or
-columns of the result to itself, and an element is summed up in the order of its terms, in parts of
-256 that are added to memory, whatever the thread and its share.
+torch's products would do, but for their bits and digits: its library splits long sums over threads
+where results are few, adds up the last columns in other ways for other numbers of threads, and how
+it adds up may depend on how far apart rows lie. Here a thread has rows or columns of the result to
+itself, and an element is summed up in the order of its terms, in parts of 256 that are added to
+memory, whatever the thread and its share.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from fastseq.backends.numba.matrix_pack import pack, panel_columns, threads_for
 from fastseq.backends.numba.product import FEW_ROWS, product_kernel
 from fastseq.backends.numba.vectors import tile_rows
 
-__all__ = ["Right", "as_it_lies", "multiply"]
+__all__ = ["Right", "as_it_lies", "in_panels", "multiply"]
 
 _PRODUCT, _ROWS, _TERMS, _PANELS, _BLOCKS = 3, 4, 5, 6, 7
 _LEFT_ROW, _LEFT_TERM = 8, 9
@@ -37,7 +38,8 @@ _RESULT, _RESULT_ROW = 11, 12
 _ADD = 13  # 1: to what result holds
 _TAIL, _TAIL_BLOCK = 14, 15  # the last panel, where it lies apart, and its step from block to block
 _FEW = 16
-_SOURCES = 17  # address of an array: for each block the left factor's address and the right one's
+_RIGHT_PANEL = 17
+_SOURCES = 18  # address of an array: for each block the left factor's address and the right one's
 
 
 class Right(NamedTuple):
@@ -49,6 +51,7 @@ class Right(NamedTuple):
         columns: that exist.
         panels: that they make up.
         term_stride: elements from term to term.
+        panel_step: elements from panel to panel of a block.
         tail: blocks of the last panel, padded with zeros, if the columns do not fill it.
         kept: the memory.
     """
@@ -58,6 +61,7 @@ class Right(NamedTuple):
     columns: int
     panels: int
     term_stride: int
+    panel_step: int
     tail: Tensor | None
     kept: Tensor
 
@@ -85,7 +89,8 @@ def _kernel(item_bytes: int) -> Any:
                     fill_zero(item_bytes, to + i * result_row * item_bytes, columns)
             for block in range(a[_BLOCKS]):
                 left = integer_at(a[_SOURCES], 2 * block) + first * a[_LEFT_ROW] * item_bytes
-                right = integer_at(a[_SOURCES], 2 * block + 1) + panel * columns * item_bytes
+                right = integer_at(a[_SOURCES], 2 * block + 1)
+                right += panel * a[_RIGHT_PANEL] * item_bytes
                 stride = a[_RIGHT_TERM]
                 if a[_TAIL] and panel == a[_PANELS] - 1:
                     right, stride = a[_TAIL] + block * a[_TAIL_BLOCK] * item_bytes, columns
@@ -123,7 +128,15 @@ def as_it_lies(matrix: Tensor, blocks: Sequence[int], terms: int) -> Right:
         ahead = (panels - 1) * of_panel
         starts = [address + ahead * size for address in addresses]
         pack(starts, terms, columns - ahead, (stride, 1), tail, (terms * of_panel, 0), 1)
-    return Right(addresses, terms, columns, panels, stride, tail, matrix)
+    return Right(addresses, terms, columns, panels, stride, of_panel, tail, matrix)
+
+
+def in_panels(packed: Tensor, columns: int) -> Right:
+    """Blocks in panels, ``(blocks, panels, terms, columns of a panel)``; so many columns exist."""
+    blocks, panels, terms, of_panel = packed.shape
+    step = packed.stride(0) * packed.element_size()
+    addresses = [packed.data_ptr() + block * step for block in range(blocks)]
+    return Right(addresses, terms, columns, panels, of_panel, terms * of_panel, None, packed)
 
 
 def multiply(
@@ -148,7 +161,8 @@ def multiply(
         0, 0, 0, product_kernel(item_bytes).address, rows, right.terms, right.panels, count,
         left.stride(0), left.stride(1), right.term_stride, result.data_ptr(), result.stride(0),
         int(add), 0 if right.tail is None else right.tail.data_ptr(),
-        right.terms * panel_columns(item_bytes), int(rows <= FEW_ROWS), ctypes.addressof(array),
+        right.terms * panel_columns(item_bytes), int(rows <= FEW_ROWS), right.panel_step,
+        ctypes.addressof(array),
     )  # fmt: skip
     threads.run(
         _kernel(item_bytes), values, threads_for(rows * count * right.terms * right.columns // 8)
