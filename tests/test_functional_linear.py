@@ -75,6 +75,13 @@ def test_strides(batch: tuple[int, ...], strides: str, weight_strides: str) -> N
     )
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
+@pytest.mark.parametrize("features", [300, 1013])
+def test_weights_from_memory(rows: int, features: int) -> None:
+    """More than 1 MiB of weights, which are asked for ahead of the product."""
+    check(Case((rows,), features, 1100, activation="relu"))
+
+
 def test_one_vector() -> None:
     check(Case((), 33, 18, activation="silu", residual="full"))
 

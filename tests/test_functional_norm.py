@@ -28,6 +28,8 @@ CASES = [
     Case(rms=True, shape=(2, 9001)),
     Case(shape=(1100, 40), residual=True, return_sum=True),
     Case(rms=True, shape=(1100, 40)),
+    # More than 4 MiB, which are asked for in another cache.
+    *(Case(rms=rms, shape=(2100, 513), residual=True) for rms in (False, True)),
     *(
         Case(dtype=dtype, shape=(2, 3, 4, 5), dims=dims, rms=rms, residual=True)
         for dims in (1, 2, 4)
