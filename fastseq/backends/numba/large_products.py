@@ -73,7 +73,10 @@ def _multiply_by_slot(
 
 
 def both_products(plan: Plan, call: Call, w: CellWeights, states: Tensor, records: Tensor) -> None:
-    """All slots of a single step, from weights as they lie: packing them would take longer."""
+    """All slots of a single step.
+
+    Few rows take weights as they lie: packing them would take longer.
+    """
     if call.rows.size(0) <= _FEW_ROWS:
         _both_of_few_rows(plan, call, w, states, records)
         return
@@ -162,8 +165,8 @@ def input_gradient(
 
 
 # torch's library is faster at products this large whose left factor is read across its rows (a
-# quarter of LSTM's and GRU's training at B32 H512), and its bits do not depend on the number of
-# threads where columns fill whole panels.
+# quarter of LSTM's and GRU's training at B32 H512). Where columns fill whole panels its bits were
+# the same for one to four threads on the processor where others were not (docs/numba.md).
 _TORCHS_WORK = 1 << 26
 # The shorter a running sum, the more digits it keeps: the C++ kernels' longest, too.
 _LONGEST_SUM = 256
