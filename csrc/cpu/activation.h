@@ -17,7 +17,8 @@ struct NormalTailConstants;
 template <>
 struct NormalTailConstants<float> {
   static constexpr int degree = 9;
-  static constexpr float farthest = 14.0f;  // the tail is below the smallest normal number from here
+  // From here on the exponent's field of exp(-t^2 / 2) is that of zero. t Q(t) is no normal number a little earlier.
+  static constexpr float farthest = 13.25f;
   static constexpr float s[] = {0.75528513851037054915f,    -0.60789660607380915129f,  0.38713667979470662525f,
                                 -0.18652300589738765002f,   0.060406469748303641168f,  -0.0075272129116798546121f,
                                 -0.0035235740563519058035f, 0.0015693136450922463476f, 0.00019480185114246544231f,
@@ -26,7 +27,7 @@ struct NormalTailConstants<float> {
 template <>
 struct NormalTailConstants<double> {
   static constexpr int degree = 23;
-  static constexpr double farthest = 38.5;
+  static constexpr double farthest = 37.66;
   static constexpr double s[] = {
       0.755285130415751493228592,       -0.607896641971892108307564,      0.387137400742214553487811,
       -0.186521857959657157364294,      0.0603965748909359632586843,      -0.00754018896673002695632745,
@@ -38,11 +39,13 @@ struct NormalTailConstants<double> {
       1.91810460291164154426981e-9,     -2.52719129724418558653835e-9,    -7.27842162373484311216839e-10};
 };
 
-// exp(-x^2 / 2) and the ratio R(|x|) of the tail to it. The tail itself leaves the normal numbers before x times it does.
+// exp(-t^2 / 2) and the ratio R(t) of the tail to it, for t = |x| as far as t times the tail is a normal number: Inf times no
+// tail would be NaN.
 template <class T>
 struct NormalDistribution {
-  Vec<T> clamped;  // x where the tail is a normal number: Inf times no tail would be NaN
-  Vec<T> exponential, ratio;
+  Vec<T> t;
+  ReducedExp<T> exponential;
+  Vec<T> ratio;
 };
 
 template <class T>
@@ -50,20 +53,16 @@ FS_INLINE NormalDistribution<T> normal_distribution(Vec<T> x) {
   using C = NormalTailConstants<T>;
   Vec<T> farthest = broadcast<T>(C::farthest), one = broadcast<T>(1), four = broadcast<T>(4);
   Vec<T> t = (Vec<T>)((IntVec<T>)x & ~(IntVec<T>)broadcast<T>(T(-0.0)));
-  t = t > farthest ? farthest : t;  // a NaN stays
+  t = at_most(t, farthest);  // a NaN stays
   Vec<T> square = t * t;
   Vec<T> square_error = product_error<T>(t, t, square);
   Vec<T> half = broadcast<T>(T(-0.5));
-  Vec<T> argument = square * half, underflow = broadcast<T>(ExpConstants<T>::underflow);
-  ReducedExp<T> reduced = reduce_exp<T>(at_least(argument, underflow), square_error * half);
-  Vec<T> exponential = fused_multiply_add(reduced.scale, reduced.p, reduced.scale);
-  exponential = argument < underflow ? broadcast<T>(0) : exponential;
+  ReducedExp<T> exponential = reduce_exp<T>(square * half, square_error * half);
 
-  // 1 / (t + 4) = inverse (1 + residual), with the rounding error of the sum as well.
-  Vec<T> sum = t + four, part = sum - t, sum_error = (t - (sum - part)) + (four - part);
+  // 1 / (t + 4) = inverse (1 + residual), with the rounding error of the sum as well: sum - 4 is exact, and so is what t lacks to it.
+  Vec<T> sum = t + four, sum_error = t - (sum - four);
   Vec<T> inverse = one / sum;
-  Vec<T> product = sum * inverse;
-  Vec<T> residual = ((one - product) - product_error<T>(sum, inverse, product)) - sum_error * inverse;
+  Vec<T> residual = fused_negate_multiply_add(sum_error, inverse, remainder_of_product<T>(one, sum, inverse));
   // q = 1 - 8 / (t + 4), and what its rounding takes from S: the slope times that, from the first terms.
   Vec<T> eight = broadcast<T>(8), eighth = eight * inverse;
   Vec<T> q = one - eighth;
@@ -72,12 +71,17 @@ FS_INLINE NormalDistribution<T> normal_distribution(Vec<T> x) {
   Vec<T> slope = fused_multiply_add(coefficient(4) * four, q, coefficient(3) * broadcast<T>(3));
   slope = fused_multiply_add(slope, q, coefficient(2) + coefficient(2));
   slope = fused_multiply_add(slope, q, coefficient(1));
-  Vec<T> s = coefficient(C::degree);
-#pragma GCC unroll 24
-  for (int i = C::degree - 1; i >= 1; --i) s = fused_multiply_add(s, q, coefficient(i));
+  // Four coefficients at a time: the whole epilogue of a tile waits for this chain, which one by one would be twice as long.
+  static_assert(C::degree % 4 == 1 || C::degree % 4 == 3);
+  Vec<T> q2 = q * q, q4 = q2 * q2;
+  auto pair = [&](int i) FS_LAMBDA_INLINE { return fused_multiply_add(coefficient(i + 1), q, coefficient(i)); };
+  Vec<T> s = C::degree % 4 == 1 ? coefficient(C::degree) : fused_multiply_add(coefficient(C::degree), q2, pair(C::degree - 2));
+#pragma GCC unroll 8
+  for (int i = (C::degree - 1) / 4 * 4 - 3; i >= 1; i -= 4)
+    s = fused_multiply_add(s, q4, fused_multiply_add(pair(i + 2), q2, pair(i)));
   s = fused_multiply_add(s, q, fused_multiply_add(slope, q_low, coefficient(0)));
   inverse = fused_multiply_add(inverse, residual, inverse);
-  return {(Vec<T>)((IntVec<T>)t | ((IntVec<T>)x & (IntVec<T>)broadcast<T>(T(-0.0)))), exponential, s * inverse};
+  return {t, exponential, s * inverse};
 }
 
 // sqrt(2 / pi) (x + 0.044715 x^3), doubled: gelu_tanh(x) = x (1 + tanh(u)) / 2 = x sigmoid(2u).
@@ -98,9 +102,11 @@ struct Activation {
   static FS_INLINE V value(V x) {
     if constexpr (activation == FASTSEQ_RELU) return M::relu(x);
     if constexpr (activation == FASTSEQ_GELU) {
+      // x Phi(x) = max(x, 0) - t Q(t)
       NormalDistribution<T> normal = normal_distribution<T>(x);
-      V scaled = normal.clamped * normal.ratio;
-      return x > broadcast<T>(0) ? fused_negate_multiply_add(scaled, normal.exponential, x) : scaled * normal.exponential;
+      V part = normal.t * normal.ratio;
+      V tail = fused_multiply_add(part, normal.exponential.p, part) * normal.exponential.scale;  // a power of two
+      return at_least(x, broadcast<T>(0)) - tail;
     }
     if constexpr (activation == FASTSEQ_GELU_TANH) return x * M::sigmoid(TanhArgument<T>::value(x));
     if constexpr (activation == FASTSEQ_SILU) return x * M::sigmoid(x);
@@ -113,9 +119,11 @@ struct Activation {
     if constexpr (activation == FASTSEQ_RELU) return M::relu_gradient(x, grad);
     if constexpr (activation == FASTSEQ_GELU) {
       NormalDistribution<T> normal = normal_distribution<T>(x);
-      V tail = normal.exponential * normal.ratio, cumulative = x < broadcast<T>(0) ? tail : one - tail;
-      V density = normal.exponential * broadcast((T)0.39894228040143267793994605993438187);  // 1 / sqrt(2 pi)
-      return grad * fused_multiply_add(normal.clamped, density, cumulative);
+      V exponential = fused_multiply_add(normal.exponential.scale, normal.exponential.p, normal.exponential.scale);
+      V tail = exponential * normal.ratio, cumulative = x < broadcast<T>(0) ? tail : one - tail;
+      V density = exponential * broadcast((T)0.39894228040143267793994605993438187);  // 1 / sqrt(2 pi)
+      V signed_t = (V)((IntVec<T>)normal.t | ((IntVec<T>)x & (IntVec<T>)broadcast<T>(T(-0.0))));
+      return grad * fused_multiply_add(signed_t, density, cumulative);
     }
     if constexpr (activation == FASTSEQ_GELU_TANH) {
       auto s = M::sigmoid_and_rest(TanhArgument<T>::value(x));

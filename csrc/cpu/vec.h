@@ -173,6 +173,17 @@ FS_INLINE Vec<T> product_error(Vec<T> a, Vec<T> b, Vec<T> product) {
 #endif
 }
 
+// whole - a * b for a product that is nearly the whole, exactly.
+template <class T>
+FS_INLINE Vec<T> remainder_of_product(Vec<T> whole, Vec<T> a, Vec<T> b) {
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__aarch64__)
+  return fused_negate_multiply_add(a, b, whole);
+#else
+  Vec<T> product = a * b;
+  return (whole - product) - product_error<T>(a, b, product);
+#endif
+}
+
 // value < floor ? floor : value; a NaN in value stays. On x86 that is the maximum with the operands in this order. (Masked with
 // all lanes, because GCC 12 warns of its own header's plain form.)
 FS_INLINE Vec<float> at_least(Vec<float> value, Vec<float> floor) {
@@ -195,6 +206,30 @@ FS_INLINE Vec<double> at_least(Vec<double> value, Vec<double> floor) {
   return (Vec<double>)_mm_max_pd((__m128d)floor, (__m128d)value);
 #else
   return value < floor ? floor : value;
+#endif
+}
+
+// ceiling < value ? ceiling : value; likewise.
+FS_INLINE Vec<float> at_most(Vec<float> value, Vec<float> ceiling) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_mask_min_ps((__m512)value, 0xffff, (__m512)ceiling, (__m512)value);
+#elif defined(__AVX__)
+  return (Vec<float>)_mm256_min_ps((__m256)ceiling, (__m256)value);
+#elif defined(__SSE2__)
+  return (Vec<float>)_mm_min_ps((__m128)ceiling, (__m128)value);
+#else
+  return ceiling < value ? ceiling : value;
+#endif
+}
+FS_INLINE Vec<double> at_most(Vec<double> value, Vec<double> ceiling) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_mask_min_pd((__m512d)value, 0xff, (__m512d)ceiling, (__m512d)value);
+#elif defined(__AVX__)
+  return (Vec<double>)_mm256_min_pd((__m256d)ceiling, (__m256d)value);
+#elif defined(__SSE2__)
+  return (Vec<double>)_mm_min_pd((__m128d)ceiling, (__m128d)value);
+#else
+  return ceiling < value ? ceiling : value;
 #endif
 }
 
