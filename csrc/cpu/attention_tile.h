@@ -70,8 +70,8 @@ FS_INLINE void accumulate_rows(const T* a /* [R][depth] */, int64_t a_stride, co
         continue;
       }
       Vec<T> value = broadcast(*scalar);
-      sum[r][0] = fused_multiply_add(value, w0, sum[r][0]);
-      sum[r][1] = fused_multiply_add(value, w1, sum[r][1]);
+      accumulate<T>(sum[r][0], value, w0);
+      accumulate<T>(sum[r][1], value, w1);
     }
   };
   int64_t k = 0;
@@ -94,7 +94,7 @@ FS_INLINE void accumulate_rows(const T* a /* [R][depth] */, int64_t a_stride, co
 template <class T, int R>
 FS_INLINE void accumulate_columns(const T* a /* [depth][R] */, int64_t a_stride, const T* panel /* [depth][panel_width] */,
                                   int64_t panel_stride, int64_t depth, Vec<T> (&sum)[R][2]) {
-  constexpr int plain_rows = R - R * 2 / 7;
+  constexpr int plain_rows = R - R * 2 / 7, unrolled = short_turns ? 4 : 2;
   auto turn = [&]() FS_LAMBDA_INLINE {
     Vec<T> w0 = load(panel), w1 = load(panel + lanes<T>);
 #pragma GCC unroll 16
@@ -105,17 +105,17 @@ FS_INLINE void accumulate_columns(const T* a /* [depth][R] */, int64_t a_stride,
         continue;
       }
       Vec<T> value = broadcast(a[r]);
-      sum[r][0] = fused_multiply_add(value, w0, sum[r][0]);
-      sum[r][1] = fused_multiply_add(value, w1, sum[r][1]);
+      accumulate<T>(sum[r][0], value, w0);
+      accumulate<T>(sum[r][1], value, w1);
     }
     a += a_stride;
     panel += panel_stride;
   };
-  for (int64_t k = depth / 2; k > 0; --k) {
-    turn();
-    turn();
+  for (int64_t k = depth / unrolled; k > 0; --k) {
+#pragma GCC unroll 4
+    for (int i = 0; i < unrolled; ++i) turn();
   }
-  if (depth % 2) turn();
+  for (int64_t k = depth % unrolled; k > 0; --k) turn();
 }
 
 // c[R][panel_width] = sums, and the largest value per lane joins `largest`; a NaN does not take part.

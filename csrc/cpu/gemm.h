@@ -42,21 +42,28 @@ struct BlockedRows {
 };
 
 // How a tile walks A: along the rows of a blocked matrix, or through a copy in the tile's own order, [k][FS_TILE_ROWS].
-// `strided` walks A along the rows while the panel lies in a larger matrix, its rows panel_step apart.
-enum class Walk { rows, interleaved, strided };
+// `rows_ahead` walks like `rows` and asks for what comes after the panel meanwhile. `strided` walks A along the rows while the
+// panel lies in a larger matrix, its rows panel_step apart.
+enum class Walk { rows, rows_ahead, interleaved, strided };
+
+// With vectors of 32 bytes a turn of 6 rows is 20 instructions that count, in 6 cycles: an eighth or a tenth of the time is
+// lost to two or three more where a hyperthread next door takes half of the decoder. So pointers move every fourth turn, and
+// nothing is asked for that the processor's own prefetcher brings as well.
+inline constexpr bool short_turns = FS_VECTOR_BYTES == 32;
 
 // c[R][panel_width] = init + A * panel. init_stride 0 repeats one row (a bias). The sum starts from zero and init is added
 // last: its cache lines arrive behind the loop, and partial sums of similar size lose fewer digits.
 // Weights are asked for prefetch_turns early, which makes weights from L3 nearly as fast as from L2. Where the multiply-add
 // broadcasts by itself, some rows leave it that: 48 instructions per turn of 14 rows leave the decoder little slack, fewer
 // give it some, and too many such rows would run out of load ports instead.
-// With Walk::rows a turn also asks for one line of what comes after this panel, from `ahead` on, into the second-level cache.
+// With Walk::rows_ahead a turn asks for one line of what comes after this panel, from `ahead` on, into the second-level cache.
 template <class T, Walk walk, int R>
 FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int64_t depth, const T* init, int64_t init_stride,
                       T* c, int64_t c_stride, int64_t panel_step, const T* ahead, int64_t ahead_step) {
   constexpr int64_t prefetch_turns = 32;
   constexpr int plain_rows = broadcasts_in_multiply_add ? R - R * 2 / 7 : R;
-  constexpr bool along_rows = walk == Walk::rows || walk == Walk::strided;
+  constexpr bool along_rows = walk != Walk::interleaved;
+  constexpr int unrolled = short_turns ? 4 : 2;
   constexpr int64_t row_step = along_rows ? block_stride<T> : 1;
   constexpr int64_t k_step = along_rows ? 1 : FS_TILE_ROWS;
   if constexpr (walk != Walk::strided) panel_step = panel_width<T>;
@@ -66,37 +73,43 @@ FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int
     __builtin_prefetch(init + r * init_stride);
     __builtin_prefetch(init + r * init_stride + lanes<T>);
   }
-  auto turn = [&]() __attribute__((always_inline)) {
-    Vec<T> w0 = load(panel), w1 = load(panel + lanes<T>);
-    __builtin_prefetch(panel + prefetch_turns * panel_step);
-    if constexpr (walk == Walk::strided) __builtin_prefetch(panel + prefetch_turns * panel_step + lanes<T>);
-    if constexpr (walk == Walk::rows) {
+  auto turn = [&](int64_t k) __attribute__((always_inline)) {
+    const T* weights = panel + k * panel_step;
+    Vec<T> w0 = load(weights), w1 = load(weights + lanes<T>);
+    if constexpr (!short_turns) __builtin_prefetch(weights + prefetch_turns * panel_step);
+    if constexpr (!short_turns && walk == Walk::strided) __builtin_prefetch(weights + prefetch_turns * panel_step + lanes<T>);
+    if constexpr (walk == Walk::rows_ahead) {
       __builtin_prefetch(ahead, 0, 2);
       ahead += ahead_step;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
+      const T* scalar = a + r * row_step + k * k_step;
       if (r >= plain_rows) {
-        sum[r][0] = multiply_add_scalar(a + r * row_step, w0, sum[r][0]);
-        sum[r][1] = multiply_add_scalar(a + r * row_step, w1, sum[r][1]);
+        sum[r][0] = multiply_add_scalar(scalar, w0, sum[r][0]);
+        sum[r][1] = multiply_add_scalar(scalar, w1, sum[r][1]);
         continue;
       }
-      Vec<T> value = broadcast(a[r * row_step]);
-      sum[r][0] = fused_multiply_add(value, w0, sum[r][0]);
-      sum[r][1] = fused_multiply_add(value, w1, sum[r][1]);
+      Vec<T> value = broadcast(*scalar);
+      accumulate<T>(sum[r][0], value, w0);
+      accumulate<T>(sum[r][1], value, w1);
     }
-    a += k_step;
-    panel += panel_step;
   };
   // Long sums go by way of C in equal parts: the shorter a running sum, the more digits it keeps.
   for (int64_t parts = (depth + longest_sum<T> - 1) / longest_sum<T>;; --parts) {
     int64_t turns = parts > 1 ? depth / parts : depth;
     depth -= turns;
-    for (int64_t k = turns / 2; k > 0; --k) {
-      turn();
-      turn();
+    for (int64_t k = turns / unrolled; k > 0; --k) {
+#pragma GCC unroll 4
+      for (int i = 0; i < unrolled; ++i) turn(i);
+      a += unrolled * k_step;
+      panel += unrolled * panel_step;
     }
-    if (turns % 2) turn();
+    for (int64_t k = turns % unrolled; k > 0; --k) {
+      turn(0);
+      a += k_step;
+      panel += panel_step;
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       store(c + r * c_stride, sum[r][0] + load(init + r * init_stride));
@@ -113,10 +126,9 @@ FS_NOINLINE void tile(const T* a, const T* panel /* [depth][panel_width] */, int
 template <class T>
 using TileFunction = void (*)(const T*, const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t, const T*, int64_t);
 
+// One instance of the tile per number of rows, indexed by that.
 template <class T, Walk walk>
-FS_INLINE void run_tile(int64_t rows, const T* a, const T* panel, int64_t depth, const T* init, int64_t init_stride, T* c,
-                        int64_t c_stride, int64_t panel_step = panel_width<T>, const T* ahead = nullptr,
-                        int64_t ahead_step = 0) {
+struct Tiles {
 #if FS_TILE_ROWS == 14
   static constexpr TileFunction<T> table[] = {nullptr,           tile<T, walk, 1>,  tile<T, walk, 2>,  tile<T, walk, 3>,
                                               tile<T, walk, 4>,  tile<T, walk, 5>,  tile<T, walk, 6>,  tile<T, walk, 7>,
@@ -131,7 +143,19 @@ FS_INLINE void run_tile(int64_t rows, const T* a, const T* panel, int64_t depth,
   static constexpr TileFunction<T> table[] = {nullptr,          tile<T, walk, 1>, tile<T, walk, 2>, tile<T, walk, 3>,
                                               tile<T, walk, 4>, tile<T, walk, 5>, tile<T, walk, 6>};
 #endif
-  table[rows](a, panel, depth, init, init_stride, c, c_stride, panel_step, ahead ? ahead : panel, ahead_step);
+};
+
+template <class T, Walk walk>
+FS_INLINE void run_tile(int64_t rows, const T* a, const T* panel, int64_t depth, const T* init, int64_t init_stride, T* c,
+                        int64_t c_stride, int64_t panel_step = panel_width<T>) {
+  Tiles<T, walk>::table[rows](a, panel, depth, init, init_stride, c, c_stride, panel_step, nullptr, 0);
+}
+// Along rows, asking for `ahead` if there is something to ask for.
+template <class T>
+FS_INLINE void run_tile_ahead(int64_t rows, const T* a, const T* panel, int64_t depth, const T* init, int64_t init_stride, T* c,
+                              int64_t c_stride, const T* ahead /* or NULL */, int64_t ahead_step) {
+  const TileFunction<T>* table = ahead ? Tiles<T, Walk::rows_ahead>::table : Tiles<T, Walk::rows>::table;
+  table[rows](a, panel, depth, init, init_stride, c, c_stride, panel_width<T>, ahead, ahead_step);
 }
 
 // Rows are dealt to tiles evenly: 16 rows go as 8 + 8, not as 14 + 2, because a short tile waits for W.
@@ -202,8 +226,7 @@ FS_INLINE void multiply_panel(BlockedRows<T> a, int64_t first_row, int64_t rows,
       else if (rows == 3 && short_rows >= 3)
         short_tile<T, 3>(left, weights, step, start, init_stride, target, c_stride);
       else
-        run_tile<T, Walk::rows>(part.count(), left, weights, step, start, init_stride, target, c_stride, panel_width<T>, ahead,
-                                ahead_step);
+        run_tile_ahead(part.count(), left, weights, step, start, init_stride, target, c_stride, ahead, ahead_step);
     }
     init = c;
     init_stride = c_stride;
@@ -275,13 +298,15 @@ FS_INLINE BlockedRow<T> plain_row(const T* data) {
 // pointers to all of sixteen do not fit the integer registers, and several vectors along each: eight sums at least are needed
 // to hide the latency of a multiply-add. Rows are short and many, and the processor's own prefetcher begins anew with each: with
 // from_memory the second-level cache is asked for what is read one group of rows and prefetch_depth later. Where the weights
-// are in a cache already that costs 13 to 25 % of the time, where they are not it saves 15 to 30 %.
+// are in a cache already that costs 13 to 25 % of the time, where they are not it saves 15 to 30 %. With vectors of 32 bytes
+// that holds for rows of 2 KiB or less only; along longer ones it costs up to a quarter.
 template <class T, bool from_memory = false>
 FS_INLINE Vec<T> dot_rows(const T* w /* [valid_rows, depth], row stride depth */, int64_t valid_rows, BlockedRow<T> a,
                           int64_t depth, Vec<T> init) {
   constexpr int L = lanes<T>, group = L >= 4 ? L / 2 : L, along = group >= 4 ? 2 : 4;
   constexpr int64_t line = 64 / (int64_t)sizeof(T);
   const int64_t prefetch_depth = minimum(depth, 2048 / (int64_t)sizeof(T));
+  const bool asks_ahead = from_memory && (!short_turns || depth == prefetch_depth);
   Vec<T> sums[L];
 #pragma GCC unroll 2
   for (int first_row = 0; first_row < L; first_row += group) {
@@ -295,7 +320,7 @@ FS_INLINE Vec<T> dot_rows(const T* w /* [valid_rows, depth], row stride depth */
       const T* value_at = block - first;
       int64_t k = first;
       for (; k + along * L <= last; k += along * L) {
-        if constexpr (from_memory) {
+        if (asks_ahead) {
           int64_t later = k + prefetch_depth;
           if (later >= depth) later += (2 * group - 1) * depth;
 #pragma GCC unroll 8

@@ -240,14 +240,15 @@ struct LinearForward {
       int64_t step = minimum(block_depth<T>, depth - k);
       for (int64_t i = 0; i < tiles; ++i) {
         Range part = tile_rows.part(i);
-        const T* a = copy_tile(weight + (block.begin + part.begin) * depth + k, depth, part.count(), step, buffers.tile);
+        const T* a =
+            copy_tile<T, short_turns>(weight + (block.begin + part.begin) * depth + k, depth, part.count(), step, buffers.tile);
         // The weights of the next tile, where they are one piece of memory: each panel asks for its share, some of it a turn.
         int64_t share = depth == step ? (part.count() + panels.count() - 1) / panels.count() : 0;
         const T* ahead = share ? weight + (block.begin + part.end) * depth : nullptr;
         for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
           T* c = buffers.sums + ((panel - panels.begin) * output_block + part.begin) * W;
-          run_tile<T, Walk::rows>(part.count(), a, buffers.panels + (panel * depth + k) * W, step, k ? c : zeros, k ? W : 0, c,
-                                  W, W, ahead, share);
+          run_tile_ahead(part.count(), a, buffers.panels + (panel * depth + k) * W, step, k ? c : zeros, k ? W : 0, c, W, ahead,
+                         share);
           if (share) ahead += share * step;
         }
       }
@@ -341,7 +342,8 @@ struct LinearForward {
     enter_phase(Phase::product);
     multiply_blocked<T>(
         [&](int64_t row, int64_t row_count, int64_t k, int64_t step) {
-          return copy_tile(at<T>(call.x, rows.begin + row, k), call.x.row_stride, row_count, step, buffers.tile);
+          return copy_tile<T, short_turns>(at<T>(call.x, rows.begin + row, k), call.x.row_stride, row_count, step,
+                                           buffers.tile);
         },
         Range{0, rows.count()}, 0, depth, buffers.panels, Range{0, count},
         [&](int64_t row, int64_t panel) {

@@ -64,10 +64,16 @@ FS_INLINE void copy_to_blocked(const T* source /* [width] */, int64_t width, Blo
 }
 
 // A tile's rows of a plain matrix, block_stride apart: in their own place rows a power of two apart would evict each other.
-template <class T>
+// A short tile's copy is waited for often: with asks_ahead the second-level cache is asked for the rows after these.
+template <class T, bool asks_ahead = false>
 FS_INLINE const T* copy_tile(const T* source /* [rows][depth], row stride row_stride */, int64_t row_stride, int64_t rows,
                              int64_t depth, T* tile /* [FS_TILE_ROWS][block_stride] */) {
-  for (int64_t row = 0; row < rows; ++row) copy_row(source + row * row_stride, depth, tile + row * block_stride<T>);
+  constexpr int64_t line = 64 / (int64_t)sizeof(T);
+  for (int64_t row = 0; row < rows; ++row) {
+    copy_row(source + row * row_stride, depth, tile + row * block_stride<T>);
+    const T* later = source + (row + rows) * row_stride;
+    for (int64_t k = 0; asks_ahead && k < depth; k += line) __builtin_prefetch(later + k, 0, 2);
+  }
   return tile;
 }
 

@@ -120,6 +120,19 @@ FS_INLINE Vec<double> fused_multiply_add(Vec<double> a, Vec<double> b, Vec<doubl
   return a * b + c;
 #endif
 }
+// sum += a * b. With 16 registers, which a tile fills, the compiler would choose forms of the instruction that leave sums in other
+// registers than they came in, and copy them back: hence the assembler.
+template <class T>
+FS_INLINE void accumulate(Vec<T>& sum, Vec<T> a, Vec<T> b) {
+#if defined(__FMA__) && !defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  else
+    asm("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#else
+  sum = fused_multiply_add(a, b, sum);
+#endif
+}
 // sum + *scalar * b with the scalar broadcast inside the multiply-add itself: one instruction fewer through the decoder, one
 // more load. The compiler would merge several such loads of one scalar into a broadcast, hence the assembler.
 #if defined(__AVX512F__)
