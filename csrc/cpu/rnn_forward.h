@@ -52,9 +52,17 @@ struct RnnForward {
 
   explicit RnnForward(const fastseq_rnn_forward& call) : call(call), sizes(call.shape), table{&call.shape, nullptr} {
     direct_input = sizes.rows <= direct_rows;
-    direct_hidden = sizes.batch == 1 || direct_input;
+    direct_hidden = direct_input || (sizes.batch == 1 && !worth_packing());
     is_split = !direct_hidden && rnn_is_split(sizes);
     capacity = chunk_capacity(sizes.rows, sizes.batch, sizes.chunk_target_rows());
+  }
+
+  // Whether a single row has steps enough to gain what packing W_hh takes. Vectors of 64 bytes run down the rows of W as fast as
+  // down panels; shorter ones spend half as many instructions more on it, and a third of them on rows that are no multiple.
+  bool worth_packing() const {
+    constexpr int64_t bytes_of_a_step = 160 << 10, least_steps = 12;  // 12 steps at H 64, 18 at 256, 37 at 512 (AVX2)
+    int64_t bytes = Cell::hidden_count * sizes.hidden * sizes.output * (int64_t)sizeof(T);
+    return FS_VECTOR_BYTES < 64 && sizes.steps >= least_steps + bytes / bytes_of_a_step;
   }
 
   void lay_out(Arena& arena, bool side_by_side, int threads) {
