@@ -21,10 +21,9 @@ template <class T>
 inline constexpr int64_t block_depth = (FS_VECTOR_BYTES == 64 ? 2048 : 1024) / (int64_t)sizeof(T);
 template <class T>
 inline constexpr int64_t block_stride = block_depth<T> + 64 / (int64_t)sizeof(T);
-// Terms that a tile adds up before it meets what was there. Half as many on vectors of 32 bytes cost 1 to 2 % of the time; with as
-// many, one value of the LSTM's training case B32 H512 was 2.5 times as far off there as torch's.
+// Terms that a tile adds up before it meets what was there.
 template <class T>
-inline constexpr int64_t longest_sum = (FS_VECTOR_BYTES == 32 ? 512 : 1024) / (int64_t)sizeof(T);
+inline constexpr int64_t longest_sum = 1024 / (int64_t)sizeof(T);
 
 // Widths that end up in saved tensors are rounded to this on every instruction set.
 inline constexpr int64_t padded_multiple = 32;
