@@ -57,8 +57,8 @@ struct RnnForward {
     capacity = chunk_capacity(sizes.rows, sizes.batch, sizes.chunk_target_rows());
   }
 
-  // Whether a single row has steps enough to gain what packing W_hh takes. Vectors of 64 bytes run down the rows of W as fast as
-  // down panels; shorter ones spend half as many instructions more on it, and a third of them on rows that are no multiple.
+  // Whether a single row has steps enough to win back what packing W_hh takes. Vectors of 64 bytes run down the rows of W as fast
+  // as down panels; shorter ones add up more of them at the end of fewer terms.
   bool worth_packing() const {
     constexpr int64_t bytes_of_a_step = 160 << 10, least_steps = 12;  // 12 steps at H 64, 18 at 256, 37 at 512 (AVX2)
     int64_t bytes = Cell::hidden_count * sizes.hidden * sizes.output * (int64_t)sizeof(T);

@@ -81,7 +81,7 @@ FS_INLINE Vec<T> load_partial(const T* pointer, int64_t count) {
   if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), pointer);
   if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_maskz_loadu_pd((__mmask8)((1u << count) - 1), pointer);
 #elif defined(__AVX2__)
-  // A store like that is slow on some processors.
+  // A masked load costs what a load costs; store_partial does without its counterpart, which is slow on some processors.
   alignas(64) static constexpr int32_t masks[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
   __m256i mask = _mm256_loadu_si256((const __m256i*)(masks + 8 - count * (int64_t)(sizeof(T) / 4)));
   if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_maskload_ps((const float*)pointer, mask);
