@@ -58,7 +58,7 @@ struct RnnForward {
   }
 
   // Whether a single row has steps enough to win back what packing W_hh takes. Vectors of 64 bytes run down the rows of W as fast
-  // as down panels; shorter ones add up more of them at the end of fewer terms.
+  // as down panels; with shorter ones, preparing the rows and adding up lanes is much of the work at small sizes.
   bool worth_packing() const {
     constexpr int64_t bytes_of_a_step = 160 << 10, least_steps = 12;  // 12 steps at H 64, 18 at 256, 37 at 512 (AVX2)
     int64_t bytes = Cell::hidden_count * sizes.hidden * sizes.output * (int64_t)sizeof(T);
