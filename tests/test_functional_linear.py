@@ -75,11 +75,16 @@ def test_strides(batch: tuple[int, ...], strides: str, weight_strides: str) -> N
     )
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
-@pytest.mark.parametrize("features", [300, 1013])
-def test_weights_from_memory(rows: int, features: int) -> None:
-    """More than 1 MiB of weights, which are asked for ahead of the product."""
-    check(Case((rows,), features, 1100, activation="relu"))
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 16, 17, 40])
+@pytest.mark.parametrize(("features", "outputs"), [(300, 1100), (1013, 1100), (4111, 70)])
+def test_weights_from_memory(rows: int, features: int, outputs: int) -> None:
+    """More than 1 MiB of weights: asked for ahead of the product, or read in several streams."""
+    check(Case((rows,), features, outputs, activation="relu"))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_weights_from_memory_float64(rows: int) -> None:
+    check(Case((rows,), 333, 421, "float64", residual="full", strides="every_other"))
 
 
 def test_one_vector() -> None:

@@ -62,6 +62,27 @@ BRANCHES = [
         for cell, projected in (*((cell, False) for cell in CELLS), ("lstm", True))
         for steps, batch in ((1, 1), (4, 1), (2, 2), (1, 4), (5, 1))
     ),
+    # The same with weights that no cache of a core holds, and up to 16 rows then.
+    *(
+        Case(
+            cell,
+            dtype,
+            layout=layout,
+            bidirectional=bidirectional,
+            steps=steps,
+            batch=batch,
+            input_size=513,
+            hidden_size=270,
+        )
+        for cell in CELLS
+        for dtype, layout, bidirectional, steps, batch in (
+            ("float32", "padded", False, 1, 1),
+            ("float32", "padded", True, 1, 9),
+            ("float32", "lengths", False, 5, 3),
+            ("float64", "packed", False, 2, 4),
+            ("float32", "padded", False, 1, 17),
+        )
+    ),
     # Batch 1 over several chunks of 256 rows.
     *(
         Case(cell, steps=600, batch=1, input_size=5, hidden_size=33, bidirectional=True)

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention_scores.h"
+#include "dots.h"
 
 namespace fastseq::FS_ISA {
 namespace {
@@ -13,6 +14,8 @@ struct AttentionDecode {
   using V = Vec<T>;
   static constexpr int64_t W = panel_width<T>;
   static constexpr int L = lanes<T>;
+  // Keys and values that the second-level caches do not hold mostly come from memory.
+  static constexpr int64_t cached_bytes = 1 << 20;
   static constexpr int64_t most_rows = 8;                           // of all query heads that share keys
   static constexpr int64_t score_stride = round_up(key_block, 64);  // of a row of scores: whole vectors
   // Keys and values are read once: 512 KiB of them take one thread 30 us and more, several times what waking a second does.
@@ -29,6 +32,7 @@ struct AttentionDecode {
   const fastseq_attention_shape& shape;
   AttentionSizes<T> sizes;
   int64_t splits, output_stride, query_stride;
+  bool from_memory;             // rather than from a cache
   bool unmarked;                // nothing but lengths decides what is seen, and scores are plain
   Partial* partials;            // [B][Hkv][splits]
   T* outputs;                   // [B][Hkv][splits][most_rows][output_stride]
@@ -49,6 +53,7 @@ struct AttentionDecode {
     int64_t pieces = sizes.batch * sizes.kv_heads;
     splits = pieces ? minimum((wanted_pieces + pieces - 1) / pieces, (shape.keys + fewest_keys - 1) / fewest_keys) : 1;
     splits = maximum(splits, 1);
+    from_memory = pieces * shape.keys * (sizes.key_size + sizes.value_size) * (int64_t)sizeof(T) > cached_bytes;
     unmarked = sizes.plain_scores() && !shape.key_padding && !shape.mask.data && shape.window_left < 0 &&
                (shape.window_right < 0 || (shape.bottom_right && shape.queries == 1));
     output_stride = round_up(sizes.value_size, L);
@@ -161,12 +166,15 @@ struct AttentionDecode {
     add_values(values, keys.count(), row_scores, rows, shrink, skips, output);
   }
 
-  // Whether to ask for keys and values before they are read. For a single row on vectors of 32 bytes that costs up to 6 % of the
-  // time even where they come from memory, and a fifth to a quarter where they come from the third-level cache.
-  static FS_INLINE constexpr bool asks_ahead(int64_t rows) { return !short_turns || rows > 1; }
-
   // row_scores[row][k] = key k . query row; lanes past the last key are -Inf.
   FS_NOINLINE void products(RowBlock<T> keys, int64_t count, const T* query, int64_t rows, T* row_scores) const {
+    if (reads_streams && from_memory) {
+      RowStreams<T>::multiply(keys.data, keys.stride, count, sizes.key_size, query, query_stride, rows, row_scores,
+                              score_stride);
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t k = count; k % L; ++k) row_scores[row * score_stride + k] = T(-__builtin_inff());
+      return;
+    }
     int64_t size = sizes.key_size, whole = size / L * L;
     for (int64_t first = 0; first < count; first += L) {
       const T* key[L];
@@ -180,7 +188,7 @@ struct AttentionDecode {
 #pragma GCC unroll 16
           for (int j = 0; j < L; ++j) sum[j] = fused_multiply_add(load(key[j] + k), value, sum[j]);
           // Each row asks for its share of the next keys, so that memory has something to do all the time.
-          for (int64_t j = asks_ahead(rows) ? row : L; j < L; j += rows)
+          for (int64_t j = reads_streams ? L : row; j < L; j += rows)
             __builtin_prefetch(key[j] + k + 2 * L * keys.stride, 0, 2);
         }
         if (whole < size) {
@@ -234,6 +242,7 @@ struct AttentionDecode {
         }
       return;
     }
+    if (reads_streams && from_memory) return add_streams(values, count, weights, rows, shrink, output);
     for (int64_t row = 0; row < rows;) {
       const T* weight = weights + row * score_stride;
       T* target = output + row * output_stride;
@@ -248,6 +257,53 @@ struct AttentionDecode {
         row += 1;
       }
     }
+  }
+  // As RowStreams, down the values: four keys at a time, a quarter of the block apart, whole rows of each. Two query rows share
+  // what is loaded; their outputs, a row of values long, stay in L1.
+  FS_NOINLINE void add_streams(RowBlock<T> values, int64_t count, const T* weights, int64_t rows, const T* shrink,
+                               T* output) const {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t column = 0; column < output_stride; column += L)
+        store(output + row * output_stride + column, load(output + row * output_stride + column) * broadcast(shrink[row]));
+    constexpr int64_t streams = RowStreams<T>::streams;
+    const int64_t apart = count / streams;
+    for (int64_t k = 0; k < apart; ++k) add_keys<streams>(values, k, apart, weights, rows, output);
+    for (int64_t k = streams * apart; k < count; ++k) add_keys<1>(values, k, 0, weights, rows, output);
+  }
+  template <int streams>
+  FS_INLINE void add_keys(RowBlock<T> values, int64_t first, int64_t apart, const T* weights, int64_t rows, T* output) const {
+    int64_t row = 0;
+    for (; row + 2 <= rows; row += 2) add_keys_to<streams, 2>(values, first, apart, weights, row, output);
+    if (row < rows) add_keys_to<streams, 1>(values, first, apart, weights, row, output);
+  }
+  template <int streams, int R>
+  FS_INLINE void add_keys_to(RowBlock<T> values, int64_t first, int64_t apart, const T* weights, int64_t row, T* output) const {
+    const T* value[streams];
+    V weight[R][streams];
+#pragma GCC unroll 4
+    for (int s = 0; s < streams; ++s) {
+      int64_t key = first + s * apart;
+      value[s] = values.data + key * values.stride;
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) weight[r][s] = broadcast(weights[(row + r) * score_stride + key]);
+    }
+    T* target = output + row * output_stride;
+    auto add = [&](int64_t column, auto read) FS_LAMBDA_INLINE {
+      V part[streams];
+#pragma GCC unroll 4
+      for (int s = 0; s < streams; ++s) part[s] = read(value[s] + column);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        V sum = load(target + r * output_stride + column);
+#pragma GCC unroll 4
+        for (int s = 0; s < streams; ++s) sum = fused_multiply_add(weight[r][s], part[s], sum);
+        store(target + r * output_stride + column, sum);
+      }
+    };
+    int64_t column = 0;
+    for (; column + L <= sizes.value_size; column += L) add(column, [](const T* from) FS_LAMBDA_INLINE { return load(from); });
+    if (column < sizes.value_size)
+      add(column, [&](const T* from) FS_LAMBDA_INLINE { return load_partial(from, sizes.value_size - column); });
   }
   template <int R, int C>
   FS_INLINE void add_rows(RowBlock<T> values, int64_t count, const T* weights, const T* shrink, T* output) const {
@@ -284,7 +340,7 @@ struct AttentionDecode {
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
         V part = load(value + c * L);
-        if constexpr (asks_ahead(R)) __builtin_prefetch(value + c * L + ahead * values.stride, 0, 2);
+        if constexpr (!reads_streams) __builtin_prefetch(value + c * L + ahead * values.stride, 0, 2);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
           sum[i][r][c] = fused_multiply_add(broadcast(weights[r * score_stride + k]), part, sum[i][r][c]);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "activation.h"
+#include "dots.h"
 #include "dropout.h"
 #include "matrix.h"
 #include "pack.h"
@@ -95,7 +96,10 @@ struct LinearEpilogue {
 template <class T>
 struct LinearForward {
   static constexpr int64_t W = panel_width<T>, L = lanes<T>;
-  static constexpr int64_t few_rows = 8;
+  // How few rows take the weights as they lie; more of them where that means four streams.
+  static constexpr int64_t few_rows = 8, most_few_rows = reads_streams ? 16 : few_rows;
+  // Weights that the second-level caches do not hold mostly come from memory: a model has more than one layer.
+  static constexpr int64_t cached_bytes = reads_streams ? 256 << 10 : 1 << 20;
   // Sums from here on are long enough to tell their epilogue from them.
   static constexpr int64_t timed_depth = 256;
   // Many rows: as many at a time as leave their sums in L2 beside a group of panels, and panels that fit L3 (one at least).
@@ -120,11 +124,13 @@ struct LinearForward {
     expect_writes<T>(call.output, shape.rows, shape.outputs);
     expect_writes<T>({call.pre_activation, shape.outputs}, shape.rows, shape.outputs);
     if (!depth) return run_empty_sum();
-    if (shape.rows <= few_rows) return run_few();
+    if (shape.rows <= (from_memory() ? most_few_rows : few_rows)) return run_few();
     // Packing W costs a pass over O x K, the other way over M x K and M x O.
     bool many = (double)shape.rows * (double)(depth + shape.outputs) > (double)shape.outputs * (double)depth;
     return many ? run_many() : run_some();
   }
+
+  bool from_memory() const { return shape.outputs * depth * (int64_t)sizeof(T) > cached_bytes; }
 
   int useful_threads() const { return linear_threads(shape.rows, depth, shape.outputs, shape.threads); }
 
@@ -145,34 +151,39 @@ struct LinearForward {
     return FASTSEQ_OK;
   }
 
-  int run_few() {
-    // Weights that the second-level caches do not hold mostly come from memory: a model has more than one layer.
-    constexpr int64_t cached_bytes = 1 << 20;
-    return shape.outputs * depth * (int64_t)sizeof(T) > cached_bytes ? run_few<true>() : run_few<false>();
-  }
+  int run_few() { return from_memory() ? run_few<true>() : run_few<false>(); }
 
   template <bool from_memory>
   int run_few() {
+    constexpr int64_t run = 4 * dropout_group;  // outputs at a time
     LinearEpilogue<T> epilogue(call, (const T*)call.bias);
     RangeQueue queue;
     auto body = [&](int, int size) {
-      alignas(64) T sums[few_rows * dropout_group];
+      alignas(64) T sums[(from_memory ? most_few_rows : few_rows) * run];
       enter_phase(Phase::product);  // the epilogue of so few rows goes under it
-      for (Range mine; (mine = next_outputs(queue, 4 * dropout_group, shape.outputs, size)).count();)
-        for (int64_t column = mine.begin; column < mine.end; column += dropout_group) {
-          int64_t columns = minimum(dropout_group, mine.end - column);
-          for (int64_t v = 0; v < columns; v += L) {
-            const T* rows = weight + (column + v) * depth;
-            int64_t count = minimum(L, columns - v);
-            for (int64_t row = 0; row < shape.rows; ++row)
-              store(sums + row * dropout_group + v,
-                    dot_rows<T, from_memory>(rows, count, plain_row<T>(at<T>(call.x, row, 0)), depth, Vec<T>{}));
-          }
-          epilogue.apply(sums, dropout_group, 0, shape.rows, column, columns);
+      for (Range mine; (mine = next_outputs(queue, run, shape.outputs, size)).count();)
+        for (int64_t first = mine.begin; first < mine.end; first += run) {
+          int64_t count = minimum(run, mine.end - first);
+          if constexpr (from_memory && reads_streams)
+            RowStreams<T>::multiply(weight + first * depth, depth, count, depth, at<T>(call.x, 0, 0), call.x.row_stride,
+                                    shape.rows, sums, run);
+          else
+            multiply_rows<from_memory>(weight + first * depth, count, sums, run);
+          for (int64_t column = 0; column < count; column += dropout_group)
+            epilogue.apply(sums + column, run, 0, shape.rows, first + column, minimum(dropout_group, count - column));
         }
     };
     run_parallel(useful_threads(), body);
     return FASTSEQ_OK;
+  }
+
+  template <bool from_memory>
+  FS_INLINE void multiply_rows(const T* w /* [outputs, K] */, int64_t outputs, T* sums /* [M][sums_stride] */,
+                               int64_t sums_stride) {
+    for (int64_t v = 0; v < outputs; v += L)
+      for (int64_t row = 0; row < shape.rows; ++row)
+        store(sums + row * sums_stride + v, dot_rows<T, from_memory>(w + v * depth, minimum(L, outputs - v),
+                                                                     plain_row<T>(at<T>(call.x, row, 0)), depth, Vec<T>{}));
   }
 
   // --- Some rows

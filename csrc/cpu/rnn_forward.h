@@ -10,6 +10,7 @@
 // A single row (batch 1, or a handful of rows in all) takes the weights as they lie, without packing.
 #pragma once
 
+#include "dots.h"
 #include "math.h"
 #include "rnn_split.h"
 
@@ -24,8 +25,11 @@ struct RnnForward {
   static constexpr int64_t block_rows = 5 * FS_TILE_ROWS;
   // Blocks of fewer rows are over in less time than two threads take to agree on them.
   static constexpr int64_t stealing_rows = 4;
-  // Up to here reading the weights row by row costs less than packing them first.
-  static constexpr int64_t direct_rows = 4;
+  // Up to here reading the weights row by row costs less than packing them first; read in streams they do with more rows, where no
+  // cache of a core holds them and a step has several.
+  static constexpr int64_t few_direct_rows = 4, most_direct_rows = reads_streams ? 16 : few_direct_rows;
+  // Weights of a step that a second-level cache holds beside all else, and those that it never holds.
+  static constexpr int64_t cached_bytes = 256 << 10, uncached_bytes = 1 << 20;
 
   struct DirectionBuffers {
     T* packed_input;        // [unit_blocks * input_count][I][W]
@@ -33,6 +37,8 @@ struct RnnForward {
     T* packed_projection;   // [output_blocks][H][W]
     T* bias;                // [slots][hidden_padded]
     T* chunk_slots;         // [chunk_capacity][slot_stride], inference only
+    T* direct_slots;        // [slots][most_direct_rows][hidden_padded] of a step, where weights are read in streams
+    T* plain_rows;          // [threads][most_direct_rows][I or R, the larger], what meets them as plain rows
     T* cell;                // [B][hidden_padded]
     BlockedRows<T> x;       // [chunk_capacity, I]
     BlockedRows<T> h[2];    // [B, R], the state before and after a step
@@ -45,17 +51,25 @@ struct RnnForward {
   const fastseq_rnn_forward& call;
   LayerSizes<T, Cell> sizes;
   StepTable table;
-  bool direct_input, direct_hidden, is_split;
+  bool direct_input, direct_hidden, direct_streams, is_split;
   int64_t capacity;
   DirectionBuffers buffers[FASTSEQ_MAX_DIRECTIONS];
   Barrier barriers[2];
 
   explicit RnnForward(const fastseq_rnn_forward& call) : call(call), sizes(call.shape), table{&call.shape, nullptr} {
-    direct_input = sizes.rows <= direct_rows;
+    const bool streams_rows = reads_streams && !sizes.has_projection && sizes.batch > 1 && step_bytes(true) > uncached_bytes;
+    direct_input = sizes.rows <= (streams_rows ? most_direct_rows : few_direct_rows);
     direct_hidden = direct_input || (sizes.batch == 1 && !worth_packing());
+    direct_streams = reads_streams && direct_hidden && step_bytes(direct_input) > cached_bytes;
     is_split = !direct_hidden && rnn_is_split(sizes);
     capacity = chunk_capacity(sizes.rows, sizes.batch, sizes.chunk_target_rows());
   }
+
+  // Of the weights that one step reads.
+  int64_t step_bytes(bool with_input) const {
+    return Cell::gates * sizes.hidden * (sizes.output + (with_input ? sizes.input : 0)) * (int64_t)sizeof(T);
+  }
+  int64_t plain_size() const { return most_direct_rows * maximum(sizes.input, sizes.output); }
 
   // Whether a single row has steps enough to win back what packing W_hh takes. Vectors of 64 bytes run down the rows of W as fast
   // as down panels; with shorter ones, preparing the rows and adding up lanes is much of the work at small sizes.
@@ -80,6 +94,8 @@ struct RnnForward {
           arena.take<T>(sizes.has_projection && !direct_hidden ? sizes.output_blocks() * sizes.hidden * W : 0);
       b.bias = arena.take<T>(sizes.slots * sizes.hidden_padded);
       b.chunk_slots = arena.take<T>(call.reserve || direct_input ? 0 : capacity * sizes.slot_stride());
+      b.direct_slots = arena.take<T>(direct_streams ? sizes.slots * most_direct_rows * sizes.hidden_padded : 0);
+      b.plain_rows = arena.take<T>(direct_streams ? threads * plain_size() : 0);
       b.cell = arena.take<T>(Cell::has_cell ? sizes.batch * sizes.hidden_padded : 0);
       b.x = take_rows(arena, direct_input || is_split ? 0 : capacity, sizes.input);
       for (auto& h : b.h) h = take_rows(arena, is_split ? 0 : sizes.batch, sizes.output);
@@ -315,7 +331,9 @@ struct RnnForward {
       // There and back: the blocks used last are the ones still in cache.
       bool reversed = position % 2;
       int64_t first = reversed ? units.end - 1 : units.begin, direction = reversed ? -1 : 1;
-      if (alive < stealing_rows || team.size == 1) {
+      if constexpr (reads_streams)
+        if (layer.direct_streams) multiply_streams(t, alive, chunk_first, before);
+      if (alive < stealing_rows || team.size == 1 || layer.direct_streams) {
         // Few rows: several blocks between one change of phase and the next, which costs a recording something.
         int64_t together = layer.is_split || layer.direct_hidden ? 1 : maximum(1, block_rows / maximum(1, alive));
         for (int64_t i = 0; i < units.count(); i += together)
@@ -418,7 +436,10 @@ struct RnnForward {
         for (int64_t v = 0; v < W && v < count; v += L) {
           if (layer.direct_hidden) {
             V slot[Cell::slots];
-            direct_slots(slot, unit + v, count - v, at.slots ? at.slots + v : nullptr, before, t, row);
+            if (reads_streams && layer.direct_streams)
+              for (int s = 0; s < Cell::slots; ++s) slot[s] = load(stream_sums(s, row, unit + v));
+            else
+              direct_slots(slot, unit + v, count - v, at.slots ? at.slots + v : nullptr, before, t, row);
             finish_vector<false>(slot, at, v, count - v);
           } else {
             update_vector<false>(at, sums, v, count - v);
@@ -509,6 +530,38 @@ struct RnnForward {
       store(after.at(row, column), h);
       store_partial(y.at(t, row) + column, h, count);
       if (ends) store_partial(state_row(layer.call.final_hidden, row, sizes.output) + column, h, count);
+    }
+
+    FS_INLINE T* stream_sums(int s, int64_t row, int64_t unit) const {
+      return b.direct_slots + (s * most_direct_rows + row) * sizes.hidden_padded + unit;
+    }
+    // Pre-activations of this thread's units for the few rows of a step, straight from the unpacked weights.
+    void multiply_streams(int64_t t, int64_t alive, int64_t chunk_first, BlockedRows<T> before) {
+      const int64_t unit = units.begin * W, count = minimum(units.end * W, sizes.hidden) - unit;
+      if (count <= 0) return;
+      for (int s = 0; s < Cell::slots; ++s)
+        for (int64_t row = 0; row < alive; ++row) {
+          const int64_t column = s * sizes.hidden_padded + unit;
+          const bool has_product = is_input_slot(s) && !layer.direct_input;
+          const T* init = has_product ? slots_at(table.first_row[t] + row, chunk_first) + column : b.bias + column;
+          copy_row(init, round_up(count, L), stream_sums(s, row, unit));
+        }
+      auto add_product = [&](int s, const void* w, int gate, const T* a, int64_t depth) FS_LAMBDA_INLINE {
+        const T* first = (const T*)w + (gate * sizes.hidden + unit) * depth;
+        RowStreams<T>::multiply(first, depth, count, depth, a, depth, alive, stream_sums(s, 0, unit), sizes.hidden_padded,
+                                true);
+      };
+      T* plain = b.plain_rows + team.rank * layer.plain_size();
+      if (layer.direct_input) {
+        for (int64_t row = 0; row < alive; ++row) copy_row((const T*)x.at(t, row), sizes.input, plain + row * sizes.input);
+        for (int i = 0; i < Cell::input_count; ++i)
+          add_product(Cell::input_first + i, weights.input, Cell::gate_of_input(i), plain, sizes.input);
+      }
+      for (int64_t row = 0; row < alive; ++row)
+        for (int64_t k = 0; k < sizes.output; k += block_depth<T>)
+          copy_row((const T*)before.at(row, k), minimum(block_depth<T>, sizes.output - k), plain + row * sizes.output + k);
+      for (int i = 0; i < Cell::hidden_count; ++i)
+        add_product(Cell::hidden_first + i, weights.hidden, Cell::gate_of_hidden(i), plain, sizes.output);
     }
 
     // Pre-activations of `count` units of one row, straight from the unpacked weights.
