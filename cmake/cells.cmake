@@ -1,7 +1,7 @@
 # What users' cells are compiled from when they are first used: the driver's headers, next to the extension that they were
 # built into, and the flags of its kernels, so that both come from this build.
 set(include_folder fastseq/include)
-set(headers rnn_*.h cell_*.h gemm.h math.h pack.h parallel.h profile.h runtime.h split.h vec.h cell_library.cpp)
+set(headers rnn_*.h cell_*.h dots.h gemm.h math.h pack.h parallel.h profile.h runtime.h split.h vec.h cell_library.cpp)
 foreach(pattern IN LISTS headers)
   file(GLOB found CONFIGURE_DEPENDS csrc/cpu/${pattern})
   install(FILES ${found} DESTINATION ${include_folder}/cpu)

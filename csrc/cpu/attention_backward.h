@@ -73,11 +73,14 @@ struct AttentionBackward {
     lay_out(arena = Arena{arena.base}, threads, buffers);
     sizes.fill_spans();
     sizes.profile_spans();
-    if (call.grad_bias.data) memset(call.grad_bias.data, 0, (size_t)call.grad_bias_elements * sizeof(T));
     auto body = [this, buffers](int rank, int size) {
       Team team{rank, size, &barrier};
       Range heads = split(sizes.batch * sizes.heads, size, rank);
       enter_phase(Phase::pack);
+      if (call.grad_bias.data) {
+        Range mine = split(call.grad_bias_elements, size, rank);
+        memset((T*)call.grad_bias.data + mine.begin, 0, (size_t)mine.count() * sizeof(T));
+      }
       for (int64_t i = heads.begin; i < heads.end; ++i) {
         zero_unused_rows(i / sizes.heads, i % sizes.heads);
         if (splits > 1) prepare_head(shared_heads[i], i / sizes.heads, i % sizes.heads);

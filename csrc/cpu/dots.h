@@ -92,6 +92,8 @@ struct RowStreams {
   // Longer sums would lose digits; blocks of a few KiB would end the streams before the processor has found them.
   static constexpr int64_t depth_block = 16384 / (int64_t)sizeof(T);
 
+  // With `alike`, a row's bits do not depend on the rows beside it.
+  template <bool alike = false>
   static FS_INLINE void multiply(const T* w /* [outputs, depth], row stride w_stride */, int64_t w_stride, int64_t outputs,
                                  int64_t depth, const T* a /* [rows, depth], row stride a_stride */, int64_t a_stride,
                                  int64_t rows, T* sums /* [rows][sums_stride] */, int64_t sums_stride, bool adds = false) {
@@ -108,22 +110,21 @@ struct RowStreams {
           T* target = sums + part.begin * sums_stride + output;
           const int64_t step = minimum(depth_block, depth - k), valid = outputs - output;
           if (part.count() == 1)
-            run_tile<1>(weights, from, a_stride, step, adds || k > 0, target, sums_stride, apart, valid);
+            run_tile<1, alike ? 1 : 2>(weights, from, a_stride, step, adds || k > 0, target, sums_stride, apart, valid);
           else if (part.count() == 2)
-            run_tile<2>(weights, from, a_stride, step, adds || k > 0, target, sums_stride, apart, valid);
+            run_tile<2, 1>(weights, from, a_stride, step, adds || k > 0, target, sums_stride, apart, valid);
           else
-            run_tile<3>(weights, from, a_stride, step, adds || k > 0, target, sums_stride, apart, valid);
+            run_tile<3, 1>(weights, from, a_stride, step, adds || k > 0, target, sums_stride, apart, valid);
         }
       }
   }
   static int64_t tile_count(int64_t rows) { return (rows + tile_rows - 1) / tile_rows; }
 
-  // sums[r][s * apart] (+)= weights[s] . a[r], for s * apart < valid.
-  template <int R>
+  // sums[r][s * apart] (+)= weights[s] . a[r], for s * apart < valid. A row on its own has two parts: eight sums at least hide the
+  // latency of a multiply-add.
+  template <int R, int parts>
   static FS_INLINE void run_tile(const T* const* weights /* [streams][depth] */, const T* a /* [R][depth] */, int64_t a_stride,
                                  int64_t depth, bool adds, T* sums, int64_t sums_stride, int64_t apart, int64_t valid) {
-    // A row on its own: eight sums at least hide the latency of a multiply-add.
-    constexpr int parts = R == 1 ? 2 : 1;
     Vec<T> sum[parts][R][streams] = {};
     const T* w[streams];
 #pragma GCC unroll 4

@@ -23,7 +23,7 @@ template <class T>
 inline constexpr int64_t block_stride = block_depth<T> + 64 / (int64_t)sizeof(T);
 // Terms that a tile adds up before it meets what was there.
 template <class T>
-inline constexpr int64_t longest_sum = 1024 / (int64_t)sizeof(T);
+inline constexpr int64_t longest_sum = block_depth<T> / 2;
 
 // Widths that end up in saved tensors are rounded to this on every instruction set.
 inline constexpr int64_t padded_multiple = 32;

@@ -197,6 +197,16 @@ struct RnnBackward {
       store_state_gradients();
     }
 
+    // packed_input [I][input_count * hidden_padded], zeros where no unit is.
+    void transpose_input_weights() {
+      T* target = b.packed_input;
+      for (int64_t input = 0; input < sizes.input; ++input)
+        for (int i = 0; i < Cell::input_count; ++i, target += sizes.hidden_padded) {
+          const T* source = (const T*)weights.input + Cell::gate_of_input(i) * sizes.hidden * sizes.input + input;
+          for (int64_t k = 0; k < sizes.hidden_padded; ++k) target[k] = k < sizes.hidden ? source[k * sizes.input] : T(0);
+        }
+    }
+
     void pack_weights() {
       int64_t padded = sizes.hidden_padded, hidden = sizes.hidden;
       auto pack = [&](const void* source, int64_t columns, int count, auto gate_of, int64_t panel, T* target) {
@@ -213,9 +223,13 @@ struct RnnBackward {
       };
       for (int64_t block = outputs.begin; block < outputs.end; ++block)
         pack(weights.hidden, sizes.output, Cell::hidden_count, Cell::gate_of_hidden, block, b.packed_hidden);
-      Range input = split(layer.wants_grad_x() ? layer.input_panels : 0, team.size, team.rank);
-      for (int64_t panel = input.begin; panel < input.end; ++panel)
-        pack(weights.input, sizes.input, Cell::input_count, Cell::gate_of_input, panel, b.packed_input);
+      if (layer.wants_grad_x() && has_few_inputs(sizes, layer.is_split)) {
+        if (team.rank == 0) transpose_input_weights();
+      } else {
+        Range input = split(layer.wants_grad_x() ? layer.input_panels : 0, team.size, team.rank);
+        for (int64_t panel = input.begin; panel < input.end; ++panel)
+          pack(weights.input, sizes.input, Cell::input_count, Cell::gate_of_input, panel, b.packed_input);
+      }
       for (int64_t block = units.begin; block < units.end && sizes.has_projection; ++block)
         pack_rows<T>([&](int64_t k) { return (const T*)weights.projection + k * hidden + block * W; }, hidden - block * W,
                      sizes.projection, b.packed_projection + block * sizes.projection * W);

@@ -10,7 +10,6 @@
 // A single row (batch 1, or a handful of rows in all) takes the weights as they lie, without packing.
 #pragma once
 
-#include "dots.h"
 #include "math.h"
 #include "rnn_split.h"
 
@@ -128,7 +127,7 @@ struct RnnForward {
       DirectionTeams teams(sizes.directions, rank, size, barriers);
       for (int64_t d = teams.first; d < teams.last; ++d) {
         Direction(*this, d, teams.team).run();
-        teams.team.wait();  // the next direction may use the same buffers
+        if (d + 1 < teams.last) teams.team.wait();  // the next direction may use the same buffers
       }
     };
     run_parallel(threads, body);
@@ -148,8 +147,9 @@ struct RnnForward {
     int64_t index;
     Walkway walk;
     Team team;
-    Range units;    // unit blocks of this thread
-    Range outputs;  // blocks of the output of this thread (differ from units only with a projection)
+    bool given_state = false;  // h is read where the caller has h0
+    Range units;               // unit blocks of this thread
+    Range outputs;             // blocks of the output of this thread (differ from units only with a projection)
 
     Direction(RnnForward& layer, int64_t d, Team team)
         : layer(layer),
@@ -180,11 +180,14 @@ struct RnnForward {
         int64_t first = table.first_row[minimum(walk.step(chunk.begin), walk.step(chunk.end - 1))];
         if (!layer.direct_input)
           input_product(chunk, first);
-        else if (position == 0)
+        else if (position == 0 && !(given_state = reads_given_state()))
           team.wait();  // h0 is in place
         for (; position < chunk.end; ++position) step(position, first);
       }
     }
+
+    // Before the first step products may read h0 where it was given: then the threads need not meet for it.
+    bool reads_given_state() const { return layer.direct_input && layer.call.initial_hidden && !sizes.has_projection; }
 
     void pack_weights() {
       int64_t hidden = sizes.hidden;
@@ -350,7 +353,8 @@ struct RnnForward {
         for (int64_t block = outputs.begin; block < outputs.end; ++block)
           for (int64_t j = 0; j < row_blocks; ++j) project_block(block, blocks_of_rows.part(j), t, ending, after);
       }
-      team.wait();
+      given_state = false;
+      if (position + 1 < sizes.steps) team.wait();
     }
 
     // The part of h_{t-1} that the other threads of the team wrote.
@@ -557,9 +561,14 @@ struct RnnForward {
         for (int i = 0; i < Cell::input_count; ++i)
           add_product(Cell::input_first + i, weights.input, Cell::gate_of_input(i), plain, sizes.input);
       }
-      for (int64_t row = 0; row < alive; ++row)
+      for (int64_t row = 0; row < alive; ++row) {
+        if (given_state) {
+          copy_row((const T*)state_row(layer.call.initial_hidden, row, sizes.output), sizes.output, plain + row * sizes.output);
+          continue;
+        }
         for (int64_t k = 0; k < sizes.output; k += block_depth<T>)
           copy_row((const T*)before.at(row, k), minimum(block_depth<T>, sizes.output - k), plain + row * sizes.output + k);
+      }
       for (int i = 0; i < Cell::hidden_count; ++i)
         add_product(Cell::hidden_first + i, weights.hidden, Cell::gate_of_hidden(i), plain, sizes.output);
     }
@@ -567,6 +576,8 @@ struct RnnForward {
     // Pre-activations of `count` units of one row, straight from the unpacked weights.
     FS_INLINE void direct_slots(V (&slot)[Cell::slots], int64_t unit, int64_t count, const T* slots, BlockedRows<T> before,
                                 int64_t t, int64_t row) {
+      const BlockedRow<T> h =
+          given_state ? plain_row<T>(state_row(layer.call.initial_hidden, row, sizes.output)) : blocked_row(before, row);
       for (int s = 0; s < Cell::slots; ++s) {
         int64_t column = s * sizes.hidden_padded + unit;
         if (is_input_slot(s) && !layer.direct_input) {
@@ -581,7 +592,7 @@ struct RnnForward {
         if (is_hidden_slot(s))
           slot[s] = dot_rows(
               (const T*)weights.hidden + (Cell::gate_of_hidden(s - Cell::hidden_first) * sizes.hidden + unit) * sizes.output,
-              minimum(L, count), blocked_row(before, row), sizes.output, slot[s]);
+              minimum(L, count), h, sizes.output, slot[s]);
       }
     }
 

@@ -17,7 +17,7 @@ struct ChunkQueues {
 // One direction's scratch memory; W is panel_width.
 template <class T>
 struct BackwardBuffers {
-  T* packed_input;             // [input panels][input_count * hidden_padded][W], for the input's gradient
+  T* packed_input;             // [input panels][input_count * hidden_padded][W], for the input's gradient; or transposed
   T* packed_hidden;            // [output_blocks][hidden_count * hidden_padded][W]
   T* packed_projection;        // [unit_blocks][P][W]
   T* grad_h;                   // [B][output_padded], carried from step to step
@@ -42,6 +42,13 @@ FS_INLINE void add_row(const T* from /* [count] */, T* to /* [count] */, int64_t
   constexpr int L = lanes<T>;
   for (int64_t i = 0; i < count; i += L)
     store_partial(to + i, load_partial(to + i, count - i) + load_partial(from + i, count - i), count - i);
+}
+
+// So few inputs that the product for their gradient would mostly multiply the empty columns of a panel: it runs along the rows of
+// W_ih transposed instead, which loses fewer digits, too.
+template <class T, class Cell>
+FS_INLINE bool has_few_inputs(const LayerSizes<T, Cell>& sizes, bool is_split) {
+  return reads_streams && !is_split && sizes.input <= RowStreams<T>::streams;
 }
 
 // One thread's share of one direction's products.
@@ -269,6 +276,17 @@ struct ChunkGradients {
     int64_t stride = input_padded;
     if constexpr (has_split_products<T>)
       if (is_split) return b.split.multiply_input(mine, panels, b.grad_x, stride);
+    if (has_few_inputs(sizes, is_split)) {
+      constexpr int64_t first = Cell::input_first, count = Cell::input_count;
+      const int64_t depth = count * sizes.hidden_padded;
+      for (int64_t done = 0, step; done < depth; done += step) {
+        int64_t k = first * sizes.hidden_padded + done;
+        step = minimum(depth - done, block_depth<T> - k % block_depth<T>);
+        RowStreams<T>::template multiply<true>(b.packed_input + done, depth, sizes.input, step, b.grad_slots.at(mine.begin, k),
+                                               block_stride<T>, mine.count(), b.grad_x + mine.begin * stride, stride, done > 0);
+      }
+      return;
+    }
     multiply_blocked<T>(
         [&](int64_t row, int64_t, int64_t k, int64_t) { return b.grad_slots.at(row, k); }, mine,
         Cell::input_first * sizes.hidden_padded, Cell::input_count * sizes.hidden_padded, b.packed_input, panels,
