@@ -26,15 +26,13 @@ FS_INLINE BlockedRow<T> plain_row(const T* data) {
 // pointers to all of sixteen do not fit the integer registers, and several vectors along each: eight sums at least are needed
 // to hide the latency of a multiply-add. Rows are short and many, and the processor's own prefetcher begins anew with each: with
 // from_memory the second-level cache is asked for what is read one group of rows and prefetch_depth later. Where the weights
-// are in a cache already that costs 13 to 25 % of the time, where they are not it saves 15 to 30 %. With vectors of 32 bytes
-// that holds for rows of 2 KiB or less only; along longer ones it costs up to a quarter.
+// are in a cache already that costs 13 to 25 % of the time, where they are not it saves 15 to 30 %.
 template <class T, bool from_memory = false>
 FS_INLINE Vec<T> dot_rows(const T* w /* [valid_rows, depth], row stride depth */, int64_t valid_rows, BlockedRow<T> a,
                           int64_t depth, Vec<T> init) {
   constexpr int L = lanes<T>, group = L >= 4 ? L / 2 : L, along = group >= 4 ? 2 : 4;
   constexpr int64_t line = 64 / (int64_t)sizeof(T);
   const int64_t prefetch_depth = minimum(depth, 2048 / (int64_t)sizeof(T));
-  const bool asks_ahead = from_memory && (!short_turns || depth == prefetch_depth);
   Vec<T> sums[L];
 #pragma GCC unroll 2
   for (int first_row = 0; first_row < L; first_row += group) {
@@ -48,7 +46,7 @@ FS_INLINE Vec<T> dot_rows(const T* w /* [valid_rows, depth], row stride depth */
       const T* value_at = block - first;
       int64_t k = first;
       for (; k + along * L <= last; k += along * L) {
-        if (asks_ahead) {
+        if (from_memory) {
           int64_t later = k + prefetch_depth;
           if (later >= depth) later += (2 * group - 1) * depth;
 #pragma GCC unroll 8
