@@ -62,7 +62,7 @@ BRANCHES = [
         for cell, projected in (*((cell, False) for cell in CELLS), ("lstm", True))
         for steps, batch in ((1, 1), (4, 1), (2, 2), (1, 4), (5, 1))
     ),
-    # The same with weights that no cache of a core holds, and up to 16 rows then.
+    # The same with weights that no cache of a core holds, and up to 24 rows then.
     *(
         Case(
             cell,
@@ -77,10 +77,10 @@ BRANCHES = [
         for cell in CELLS
         for dtype, layout, bidirectional, steps, batch in (
             ("float32", "padded", False, 1, 1),
-            ("float32", "padded", True, 1, 9),
+            ("float32", "padded", True, 1, 23),
             ("float32", "lengths", False, 5, 3),
             ("float64", "packed", False, 2, 4),
-            ("float32", "padded", False, 1, 17),
+            ("float32", "padded", False, 1, 25),
         )
     ),
     # Batch 1 over several chunks of 256 rows.

@@ -1,7 +1,7 @@
 // A linear layer forward: y = dropout(activation(x W^T + b)) + residual, the epilogue applied to a tile while it is warm.
 //
 // Three ways to the same product, by the number of rows alone:
-//   few rows   every weight is used a few times only: dot products with W as it lies
+//   few rows   every weight is used a few times only: dot products with W as it lies, from memory in streams
 //   some rows  x is transposed into panels, rows in the lanes; W is read in place, a tile's rows at a time
 //   many rows  W is packed into panels once; x is read in place, a tile's rows at a time
 // The sum over K runs in the same order for every split of the work, so that bits do not depend on the threads.
@@ -97,7 +97,7 @@ template <class T>
 struct LinearForward {
   static constexpr int64_t W = panel_width<T>, L = lanes<T>;
   // How few rows take the weights as they lie; more of them where that means four streams.
-  static constexpr int64_t few_rows = 8, most_few_rows = reads_streams ? 16 : few_rows;
+  static constexpr int64_t few_rows = 8, most_few_rows = reads_streams ? 56 : few_rows;
   // Weights that the second-level caches do not hold mostly come from memory: a model has more than one layer.
   static constexpr int64_t cached_bytes = reads_streams ? 256 << 10 : 1 << 20;
   // Sums from here on are long enough to tell their epilogue from them.
@@ -251,13 +251,15 @@ struct LinearForward {
       int64_t step = minimum(block_depth<T>, depth - k);
       for (int64_t i = 0; i < tiles; ++i) {
         Range part = tile_rows.part(i);
-        const T* a =
-            copy_tile<T, short_turns>(weight + (block.begin + part.begin) * depth + k, depth, part.count(), step, buffers.tile);
+        const T* source = weight + (block.begin + part.begin) * depth + k;
+        const T* a = copy_tile(source, depth, part.count(), step, buffers.tile);
+        RowRequests<T> next(source + part.count() * depth, depth, short_turns ? part.count() : 0, step);
         // The weights of the next tile, where they are one piece of memory: each panel asks for its share, some of it a turn.
-        int64_t share = depth == step ? (part.count() + panels.count() - 1) / panels.count() : 0;
+        int64_t share = !short_turns && depth == step ? (part.count() + panels.count() - 1) / panels.count() : 0;
         const T* ahead = share ? weight + (block.begin + part.end) * depth : nullptr;
         for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
           T* c = buffers.sums + ((panel - panels.begin) * output_block + part.begin) * W;
+          next.ask();
           run_tile_ahead(part.count(), a, buffers.panels + (panel * depth + k) * W, step, k ? c : zeros, k ? W : 0, c, W, ahead,
                          share);
           if (share) ahead += share * step;
@@ -350,14 +352,17 @@ struct LinearForward {
   void multiply_chunk(Packed& buffers, const LinearEpilogue<T>& epilogue, Range rows, int64_t first, int64_t count) {
     constexpr int64_t unit = dropout_group / (W < dropout_group ? W : dropout_group);  // panels to an epilogue
     bool trivial = epilogue.is_trivial();
+    RowRequests<T> next(nullptr, 0, 0, 0);
     enter_phase(Phase::product);
     multiply_blocked<T>(
         [&](int64_t row, int64_t row_count, int64_t k, int64_t step) {
-          return copy_tile<T, short_turns>(at<T>(call.x, rows.begin + row, k), call.x.row_stride, row_count, step,
-                                           buffers.tile);
+          const T* source = at<T>(call.x, rows.begin + row, k);
+          next = {source + row_count * call.x.row_stride, call.x.row_stride, short_turns ? row_count : 0, step};
+          return copy_tile(source, call.x.row_stride, row_count, step, buffers.tile);
         },
         Range{0, rows.count()}, 0, depth, buffers.panels, Range{0, count},
         [&](int64_t row, int64_t panel) {
+          next.ask();
           int64_t column = (first + panel) * W;
           const T* init = buffers.bias + column;
           if (column + W > shape.outputs) return TilePlace<T>{buffers.edge + row * W, W, init, 0};

@@ -64,18 +64,34 @@ FS_INLINE void copy_to_blocked(const T* source /* [width] */, int64_t width, Blo
 }
 
 // A tile's rows of a plain matrix, block_stride apart: in their own place rows a power of two apart would evict each other.
-// A short tile's copy is waited for often: with asks_ahead the second-level cache is asked for the rows after these.
-template <class T, bool asks_ahead = false>
+template <class T>
 FS_INLINE const T* copy_tile(const T* source /* [rows][depth], row stride row_stride */, int64_t row_stride, int64_t rows,
                              int64_t depth, T* tile /* [FS_TILE_ROWS][block_stride] */) {
-  constexpr int64_t line = 64 / (int64_t)sizeof(T);
-  for (int64_t row = 0; row < rows; ++row) {
-    copy_row(source + row * row_stride, depth, tile + row * block_stride<T>);
-    const T* later = source + (row + rows) * row_stride;
-    for (int64_t k = 0; asks_ahead && k < depth; k += line) __builtin_prefetch(later + k, 0, 2);
-  }
+  for (int64_t row = 0; row < rows; ++row) copy_row(source + row * row_stride, depth, tile + row * block_stride<T>);
   return tile;
 }
+
+// Rows that a tile will copy next, asked for in the second-level cache while the one before is worked on: some lines at a time,
+// because more than a core has requests for keep it waiting.
+template <class T>
+struct RowRequests {
+  static constexpr int64_t line = 64 / (int64_t)sizeof(T), at_a_time = 8;
+  const T* row;
+  int64_t row_stride, depth, rows, k = 0;
+
+  RowRequests(const T* first, int64_t row_stride, int64_t rows, int64_t depth)
+      : row(first), row_stride(row_stride), depth(depth), rows(rows) {}
+  FS_INLINE void ask() {
+    for (int64_t i = 0; i < at_a_time && rows > 0; ++i) {
+      __builtin_prefetch(row + k, 0, 2);
+      k += line;
+      if (k < depth) continue;
+      k = 0;
+      row += row_stride;
+      --rows;
+    }
+  }
+};
 
 }  // namespace
 }  // namespace fastseq::FS_ISA

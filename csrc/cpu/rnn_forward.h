@@ -26,7 +26,7 @@ struct RnnForward {
   static constexpr int64_t stealing_rows = 4;
   // Up to here reading the weights row by row costs less than packing them first; read in streams they do with more rows, where no
   // cache of a core holds them and a step has several.
-  static constexpr int64_t few_direct_rows = 4, most_direct_rows = reads_streams ? 16 : few_direct_rows;
+  static constexpr int64_t few_direct_rows = 4, most_direct_rows = reads_streams ? 24 : few_direct_rows;
   // Weights of a step that a second-level cache holds beside all else, and those that it never holds.
   static constexpr int64_t cached_bytes = 256 << 10, uncached_bytes = 1 << 20;
 
