@@ -340,8 +340,8 @@ struct fastseq_kernel_table {
   fastseq_norm_forward_function norm_forward[FASTSEQ_DTYPE_COUNT];
   fastseq_norm_backward_function norm_backward[FASTSEQ_DTYPE_COUNT];
   double (*fma_gflops[FASTSEQ_DTYPE_COUNT])(int threads, double seconds);
-  // GB/s of all threads together, each going over an array of its own again and again: reading it, or copying one half onto
-  // the other (bytes read and written count). Negative: no memory.
+  // GB/s of all threads together, each going over an array of its own again and again: reading it (the faster of
+  // one stream and four), or copying one half onto the other (bytes read and written count). Negative: no memory.
   double (*memory_gbytes)(int copies, int64_t bytes_per_thread, int threads, double seconds);
 };
 

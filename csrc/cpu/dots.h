@@ -90,8 +90,9 @@ struct RowStreams {
   // Longer sums would lose digits; blocks of a few KiB would end the streams before the processor has found them.
   static constexpr int64_t depth_block = 16384 / (int64_t)sizeof(T);
 
-  // With `alike`, a row's bits do not depend on the rows beside it.
-  template <bool alike = false>
+  // A single row has sums of its own kind, below. Where rows are shared out to threads, rows_alike keeps it from them: its bits must
+  // not depend on the rows beside it.
+  template <bool rows_alike = false>
   static FS_INLINE void multiply(const T* w /* [outputs, depth], row stride w_stride */, int64_t w_stride, int64_t outputs,
                                  int64_t depth, const T* a /* [rows, depth], row stride a_stride */, int64_t a_stride,
                                  int64_t rows, T* sums /* [rows][sums_stride] */, int64_t sums_stride, bool adds = false) {
@@ -108,7 +109,7 @@ struct RowStreams {
           T* target = sums + part.begin * sums_stride + output;
           const int64_t step = minimum(depth_block, depth - k), valid = outputs - output;
           if (part.count() == 1)
-            run_tile<1, alike ? 1 : 2>(weights, from, a_stride, step, adds || k > 0, target, sums_stride, apart, valid);
+            run_tile<1, rows_alike ? 1 : 2>(weights, from, a_stride, step, adds || k > 0, target, sums_stride, apart, valid);
           else if (part.count() == 2)
             run_tile<2, 1>(weights, from, a_stride, step, adds || k > 0, target, sums_stride, apart, valid);
           else

@@ -71,8 +71,8 @@ FS_INLINE const T* copy_tile(const T* source /* [rows][depth], row stride row_st
   return tile;
 }
 
-// Rows that a tile will copy next, asked for in the second-level cache while the one before is worked on: some lines at a time,
-// because more than a core has requests for keep it waiting.
+// Rows that a tile will copy next, asked for in the second-level cache while the one before is worked on. A few lines at a time: a
+// core has room for some twenty open requests, and waits with the next one until there is room again.
 template <class T>
 struct RowRequests {
   static constexpr int64_t line = 64 / (int64_t)sizeof(T), at_a_time = 8;

@@ -88,9 +88,8 @@ double fma_gflops(int threads, double seconds) {
       });
 }
 
-// Reads `count` floats, a multiple of the vectors at a time; their sum, so that nothing is left out.
-// Along one stream, or along as many at once, each an equal part of the array: what is faster differs between processors and
-// between caches and memory. count is a multiple of eight vectors.
+// The sum of `count` floats, a multiple of eight vectors, so that every one is read. Along one stream or along several, each an equal
+// part of the array: which is faster differs between processors, and between caches and memory.
 template <int streams>
 FS_NOINLINE float read_burst(const float* data, int64_t count) {
   constexpr int vectors = 8 / streams;

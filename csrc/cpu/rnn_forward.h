@@ -24,8 +24,8 @@ struct RnnForward {
   static constexpr int64_t block_rows = 5 * FS_TILE_ROWS;
   // Blocks of fewer rows are over in less time than two threads take to agree on them.
   static constexpr int64_t stealing_rows = 4;
-  // Up to here reading the weights row by row costs less than packing them first; read in streams they do with more rows, where no
-  // cache of a core holds them and a step has several.
+  // Up to so many rows in all, reading the weights as they lie costs less than packing them first. The larger number holds where they
+  // are read in streams, no cache of a core holds them, and a step has more than one row.
   static constexpr int64_t few_direct_rows = 4, most_direct_rows = reads_streams ? 24 : few_direct_rows;
   // Weights of a step that a second-level cache holds beside all else, and those that it never holds.
   static constexpr int64_t cached_bytes = 256 << 10, uncached_bytes = 1 << 20;
@@ -37,7 +37,7 @@ struct RnnForward {
     T* bias;                // [slots][hidden_padded]
     T* chunk_slots;         // [chunk_capacity][slot_stride], inference only
     T* direct_slots;        // [slots][most_direct_rows][hidden_padded] of a step, where weights are read in streams
-    T* plain_rows;          // [threads][most_direct_rows][I or R, the larger], what meets them as plain rows
+    T* plain_rows;          // [threads][most_direct_rows][I or R, the larger], inputs or states one row after the other
     T* cell;                // [B][hidden_padded]
     BlockedRows<T> x;       // [chunk_capacity, I]
     BlockedRows<T> h[2];    // [B, R], the state before and after a step
