@@ -14,7 +14,7 @@ _LIMIT_SECONDS = 0.5
 
 
 def settle(seconds: float = _LOOK_SECONDS) -> None:
-    """Wait until no thread of this process computes.
+    """Wait until no thread of this process computes or waits for a core to compute on.
 
     A library's idle threads spin for a while in case more work comes, and would take cores from
     the library that is called next. How long differs: about 5 ms for OpenMP's, 55 ms for
