@@ -169,7 +169,7 @@ cdef inline bint describe_heads(object tensor, DLTensor* out, fastseq_heads* hea
     return True
 
 
-def plain_attention(query, key, value, bint causal, bint grouped, scale):
+def plain_attention(query, key, value, causal, grouped, scale):
     """Attention without options but causal, without gradients.
 
     None when anything is not as plain as that, or wrong: the caller's general way then finds out what and says so.
@@ -178,6 +178,8 @@ def plain_attention(query, key, value, bint causal, bint grouped, scale):
     cdef DLTensor q, k, v, o
     cdef int status, dtype
     if exchange == NULL or (scale is not None and type(scale) is not float and type(scale) is not int):
+        return None
+    if type(causal) is not bool or type(grouped) is not bool:
         return None
     if (not describe_heads(query, &q, &call.query) or not describe_heads(key, &k, &call.key)
             or not describe_heads(value, &v, &call.value)):

@@ -137,8 +137,7 @@ def plain_decoder_step(x, int64_t batch, int64_t heads, bint norm_first, int act
     if not describe(x, &t, 3, bits) or x.is_neg():
         return None
     features = t.shape[2]
-    # Sums and residuals share memory below, which the kernels allow for few rows only.
-    if t.shape[0] * t.shape[1] != batch or batch > 64 or features % heads:
+    if t.shape[0] * t.shape[1] != batch or features % heads:
         return None
     run.table, run.dtype, run.threads, run.status = active, bits == 64, thread_count(), 0
     run.rows, run.heads, run.size = batch, heads, features // heads
@@ -196,7 +195,9 @@ def plain_decoder_step(x, int64_t batch, int64_t heads, bint norm_first, int act
                 run_norm(&run, &norm2, stream, normed)
             run_linear(&run, &cross_in, normed if norm_first else stream, NULL, wide, 0)
             run_attention(&run, wide, features, known_keys, known_values, known, attended)
-            run_linear(&run, &cross_out, attended, stream, stream, 0)
+            # Not in place: with many rows the kernel puts its sums where the output goes before it reads the residual.
+            run_linear(&run, &cross_out, attended, stream, normed, 0)
+            stream, normed = normed, stream
             if not norm_first:
                 run_norm(&run, &norm2, stream, stream)
         if norm_first:

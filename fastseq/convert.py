@@ -350,6 +350,9 @@ def _weight_obstacle(module: torch_nn.Module) -> str:
     dtypes = {parameter.dtype for parameter in parameters}
     if devices - {"cpu"}:  # norms may have no parameters at all
         return f"no fused kernels for device {', '.join(sorted(devices))}"
+    layouts = {parameter.layout for parameter in parameters}
+    if layouts - {torch.strided}:
+        return f"no fused kernels for layout {', '.join(sorted(map(str, layouts)))}"
     if len(dtypes) > 1 or not dtypes <= FUSED_DTYPES:
         return f"no fused kernels for dtype {', '.join(sorted(map(str, dtypes)))}"
     return ""

@@ -25,6 +25,7 @@ _UNTOUCHED = ("torch._C", "fastseq.")
 _lock = threading.Lock()
 _depth = 0
 _fastpath_before = True
+_causal_bias_before: Any = CausalBias.__dict__["__torch_function__"]
 # What stood where before the outermost block, so that it can be put back.
 _replaced: list[tuple[ModuleType, Any]] = []
 
@@ -69,6 +70,7 @@ def _enter() -> None:
             if _holds(module, original):
                 _replaced.append((module, original))
                 setattr(module, _NAME, _attention)
+        CausalBias.__torch_function__ = classmethod(_causal_bias_function)  # type: ignore[method-assign,assignment]
         _fastpath_before = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
 
@@ -92,7 +94,20 @@ def _leave() -> None:
             if module.__dict__.get(_NAME) is _attention:
                 setattr(module, _NAME, original)
         _replaced.clear()
+        CausalBias.__torch_function__ = _causal_bias_before  # type: ignore[method-assign]
         torch.backends.mha.set_fastpath_enabled(_fastpath_before)
+
+
+def _causal_bias_function(
+    cls: Any, function: Any, types: Any, args: Any = (), kwargs: Any = None
+) -> Any:
+    """Stands in for ``CausalBias.__torch_function__``, which knows the function by its name only.
+
+    Code that kept torch's function from before the block still calls that one.
+    """
+    if function is torch._C._nn.scaled_dot_product_attention:
+        return cls._dispatch(*args, **(kwargs or {}))
+    return _causal_bias_before.__get__(None, cls)(function, types, args, kwargs)
 
 
 def _attention(
@@ -102,6 +117,7 @@ def _attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
@@ -128,5 +144,12 @@ def _attention(
         else:
             attn_mask, is_causal = None, True
     return functional.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
     )

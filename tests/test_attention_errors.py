@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -47,6 +48,7 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "lengths_negative": ((q, k, v), {"query_lengths": [-1, 5]}, ValueError, "0 and 5, got -1"),
     "lengths_count": ((q, k, v), {"key_lengths": [3]}, ValueError, r"\(2,\), got \(1,\)"),
     "lengths_dtype": ((q, k, v), {"key_lengths": torch.ones(2)}, TypeError, "integers.*float32"),
+    "lengths_fraction": ((q, k, v), {"key_lengths": [1.5, 2]}, TypeError, "integers.*float32"),
     "lengths_text": ((q, k, v), {"key_lengths": "ab"}, TypeError, "key_lengths"),
     "window_pair": ((q, k, v), {"window": 3}, TypeError, r"window.*\(left, right\), got 3"),
     "window_range": ((q, k, v), {"window": (-2, 0)}, ValueError, "window left.*-2"),
@@ -54,7 +56,10 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "slopes": ((q, k, v), {"alibi_slopes": torch.ones(3)}, RuntimeError, r"\(4,\).*got \(3,\)"),
     "sinks": ((q, k, v), {"sinks": torch.ones(2)}, RuntimeError, r"sinks.*\(4,\), got \(2,\)"),
     "softcap": ((q, k, v), {"softcap": -1.0}, ValueError, "softcap.*-1.0"),
+    "softcap_type": ((q, k, v), {"softcap": "a"}, TypeError, "softcap must be a number, got str"),
     "dropout": ((q, k, v), {"dropout_p": 1.5}, RuntimeError, "dropout_p.*1.5"),
+    "dropout_type": ((q, k, v), {"dropout_p": "a"}, TypeError, "dropout_p must be a number"),
+    "scale_type": ((q, k, v), {"scale": "a"}, TypeError, "scale must be a number, got str"),
 }
 
 
@@ -65,6 +70,20 @@ def test_attention(name: str) -> None:
         functional.attention(*arguments, **options)
 
 
+def test_extreme_numbers() -> None:
+    """What no tensor reaches is no limit; a cap out of float32's range acts like the nearest."""
+    every = functional.attention(q, k, v)
+    for size in (sys.maxsize, 2**64, torch.tensor(9).numpy()[()]):
+        assert torch.equal(functional.attention(q, k, v, window=(size, size)), every)
+        aligned = functional.attention(q, k, v, window=(size, -1), bottom_right=True)
+        assert torch.equal(aligned, every)
+    for cap in (1e30, 1e36, 1e300):
+        torch.testing.assert_close(functional.attention(q, k, v, softcap=cap), every)
+    equal = v.repeat_interleave(2, 1).mean(2, keepdim=True).expand_as(every)
+    for cap in (1e-30, 1e-39, 1e-300):
+        torch.testing.assert_close(functional.attention(q, k, v, softcap=cap), equal)
+
+
 rows = torch.randn(6, 2, 8)
 BAD_ROWS: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "dimensions": ((q, k, v, [0, 2], [0, 2]), RuntimeError, "query must be 3-D, got 4-D"),
@@ -72,6 +91,7 @@ BAD_ROWS: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "begin": ((rows, rows, rows, [1, 6], [0, 6]), ValueError, "query_starts"),
     "falling": ((rows, rows, rows, [0, 6], [0, 4, 3, 6]), ValueError, "key_starts"),
     "count": ((rows, rows, rows, [0, 6], [0, 3, 6]), ValueError, "key_starts.*2 entries, got 3"),
+    "none": ((rows, rows, rows, None, [0, 6]), TypeError, "query_starts.*NoneType"),
     "empty": ((rows, rows, rows, [], []), ValueError, "query_starts.*none"),
     "value": ((rows, rows, rows[:5], [0, 6], [0, 6]), RuntimeError, "value.*rows and heads"),
     "groups": ((rows, rows[:, :0], rows[:, :0], [0, 6], [0, 6]), RuntimeError, "divisor of 2"),
@@ -91,6 +111,7 @@ BAD_PAGES: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "block": ((q, cache, cache, table, [6, 4]), ValueError, "0 to 3, got -1"),
     "too_long": ((q, cache, cache, table, [7, 3]), ValueError, "key_lengths.*6, got 7"),
     "table_rows": ((q, cache, cache, table[:1], [3, 3]), RuntimeError, r"\(2, blocks\)"),
+    "table_rank": ((q, cache, cache, table[0], [3, 3]), RuntimeError, r"block_table.*\(2,\)"),
     "table_dtype": ((q, cache, cache, table.float(), [3, 3]), TypeError, "float32"),
     "table_type": ((q, cache, cache, None, [3, 3]), TypeError, "block_table"),
     "no_lengths": ((q, cache, cache, table, None), TypeError, "key_lengths"),

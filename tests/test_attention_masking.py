@@ -98,9 +98,11 @@ def spoiled(like: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("way", ["key_lengths", "causal", "mask", "bias", "padding"])
 @pytest.mark.parametrize("which", ["key", "value", "both"])
-def test_what_nobody_sees_does_not_matter(way: str, which: str) -> None:
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_what_nobody_sees_does_not_matter(way: str, which: str, softcap: float | None) -> None:
     q, k, v = leaves()
     options, spoil = keys_hidden(way)
+    options["softcap"] = softcap
     dirty_k, dirty_v = k.detach().clone(), v.detach().clone()
     if which in ("key", "both"):
         spoil(dirty_k)
@@ -133,6 +135,20 @@ def test_a_key_reaches_only_those_who_see_it(row: int, value: float) -> None:
         (expected,) = torch.autograd.grad(clean[:, :, :row].sum(), q, retain_graph=True)
         (found,) = torch.autograd.grad(dirty[:, :, :row].sum(), q, retain_graph=True)
         assert torch.equal(expected[:, :, :row], found[:, :, :row]), tier
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_query_that_sees_no_key_may_be_anything(softcap: float | None) -> None:
+    q, k, v = leaves()
+    dirty = q.detach().clone().index_fill_(2, torch.tensor(3), math.nan).requires_grad_()
+    mask = torch.ones(SQ, 1, dtype=torch.bool).index_fill_(0, torch.tensor(3), value=False)
+    for tier in every_tier():
+        found = []
+        for query in (q, dirty):
+            output = functional.attention(query, k, v, mask=mask, softcap=softcap)
+            found.append((output, *torch.autograd.grad(output.square().sum(), (query, v))))
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b), tier
 
 
 def test_padded_queries_do_not_matter() -> None:

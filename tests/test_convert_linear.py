@@ -46,6 +46,13 @@ class Scaled(nn.Linear):
         return 2 * super().forward(input)
 
 
+def sparse_linear() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    weight = layer.weight.detach().relu().to_sparse_csr()
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
 UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "subclass": (lambda: Scaled(3, 3), r"subclass of torch\.nn\.Linear"),
     "a part of torch's": (
@@ -55,6 +62,7 @@ UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "lazy": (lambda: nn.LazyLinear(3), r"subclass of torch\.nn\.Linear"),
     "half": (lambda: nn.Linear(3, 3).half(), r"dtype torch\.float16"),
     "meta": (lambda: nn.Linear(3, 3, device="meta"), "device meta"),
+    "sparse": (sparse_linear, r"layout torch\.sparse_csr"),
     "pruned": (
         lambda: prune.random_unstructured(nn.Linear(3, 3), "weight", 0.5),
         "weight is not a plain parameter: pruned",
@@ -73,6 +81,7 @@ UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:Lazy")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("what", UNFIT)
 def test_unfit_layers_are_skipped_with_the_reason(what: str) -> None:
     build, reason = UNFIT[what]

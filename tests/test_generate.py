@@ -231,6 +231,20 @@ class Embedder(nn.Module):
         return self.positions(self.embedding(tokens), start)
 
 
+def test_modules_that_plain_functions_use_are_in_eval_mode_too() -> None:
+    model, parts = language_model(), Parts()
+    expected = fastseq.generate(model, torch.tensor([[1]]), 8, **parts.callables)
+    positions, embedding = parts.positions.train(), parts.embedding
+
+    def embed(tokens: Tensor, start: int) -> Tensor:
+        return positions(embedding(tokens), start)
+
+    options = {**parts.callables, "embed": embed}
+    for _ in range(3):
+        assert torch.equal(fastseq.generate(model, torch.tensor([[1]]), 8, **options), expected)
+    assert positions.training
+
+
 def test_eval_mode_ends_with_an_error_too() -> None:
     model, parts = language_model().train(), Parts()
     with pytest.raises(IndexError):

@@ -131,6 +131,15 @@ def test_other_dtypes_of_logits(dtype: torch.dtype) -> None:
         assert scores.isfinite().all()
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-6])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_a_temperature_near_zero_is_greedy(temperature: float, top_k: int | None) -> None:
+    torch.manual_seed(0)
+    logits = 1e3 * torch.randn(50, 7)
+    strategy = Sample(temperature=temperature, top_k=top_k)
+    assert torch.equal(choose(logits, strategy), logits.argmax(-1))
+
+
 def test_sampling_with_a_generator_repeats() -> None:
     model, prompt = Seen(history_logits), torch.ones(4, 2, dtype=torch.long)
 

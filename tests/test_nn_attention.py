@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from multihead import Case, check, random_cases
 from torch import Tensor
 
@@ -322,10 +323,34 @@ def test_autocast() -> None:
     assert all(map(torch.equal, actual, expected))
 
 
+@pytest.mark.filterwarnings("ignore::fastseq.FastseqFallbackWarning")
+def test_functional_autocast() -> None:
+    """As torch's function: inputs and output in lower precision; the log-sum-exp is not."""
+    q = torch.randn(1, 2, 5, 8)
+    expected, expected_lse = fastseq.functional.attention(*(q.bfloat16(),) * 3, return_lse=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, lse = fastseq.functional.attention(q, q, q, return_lse=True)
+        assert output.dtype is F.scaled_dot_product_attention(q, q, q).dtype is torch.bfloat16
+    assert torch.equal(output, expected)
+    assert torch.equal(lse, expected_lse)
+    assert lse.dtype is torch.float32
+
+
 # --- errors ------------------------------------------------------------------------------------
 
 R = torch.randn
 BAD_CALLS: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "mask list": (
+        {},
+        lambda: ((R(5, 3, 8),) * 3, {"attn_mask": [[0]]}),
+        "attn_mask must be a tensor or None, got list|must be Tensor, not list",
+    ),
+    "dropout": ({"dropout": 2.0}, lambda: ((R(5, 3, 8),) * 3, {}), "between 0 and 1.* got 2.0"),
+    "dropout without weights": (
+        {"dropout": 2.0},
+        lambda: ((R(5, 3, 8),) * 3, {"need_weights": False}),
+        "between 0 and 1.* got 2",
+    ),
     "query 4-D": ({}, lambda: ((R(1, 5, 3, 8),) * 3, {}), "query must be 2-D or 3-D, got 4-D"),
     "key 2-D": ({}, lambda: ((R(5, 3, 8), R(5, 8), R(5, 8)), {}), "key must be 3-D .* got 2-D"),
     "value 2-D": ({}, lambda: ((R(5, 3, 8), R(5, 3, 8), R(5, 8)), {}), "value must be 3-D"),
@@ -413,7 +438,7 @@ def test_errors_of_calls(what: str) -> None:
     constructor, build, message = BAD_CALLS[what]
     theirs, ours = build_pair(8, 2, dtype=torch.float32, **constructor)
     args, options = build()
-    with pytest.raises((AssertionError, RuntimeError, ValueError)) as expected:
+    with pytest.raises((AssertionError, RuntimeError, TypeError, ValueError)) as expected:
         theirs(*args, **options)
     with pytest.raises(expected.type, match=message):
         ours(*args, **options)

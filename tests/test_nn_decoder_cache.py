@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import every_tier
 from torch import Tensor
 from transformers_pair import EMBED, FEED, HEADS, Case, build, sequence
 
@@ -84,6 +85,36 @@ def test_cached_equals_uncached(
 )
 def test_options_of_layers(options: dict[str, Any]) -> None:
     stack = decoder(**options)
+    target, memory = sequence(2, 4), sequence(2, 5, seed=1)
+    cache = DecoderCache(2)
+    with torch.no_grad():
+        expected = stack(target, memory, tgt_mask=causal(4))
+        found = [stack(one, memory, cache=cache) for one in target.split(1, 1)]
+    torch.testing.assert_close(torch.cat(found, 1), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 8, 9, 16, 17, 33, 48, 64, 65, 100])
+def test_any_number_of_sequences(rows: int, dtype: torch.dtype, norm_first: bool) -> None:
+    """Products go one way or another by their number of rows: all sequences of the batch."""
+    stack = decoder(norm_first=norm_first).to(dtype)
+    target, memory = sequence(rows, 3).to(dtype), sequence(rows, 4, seed=1).to(dtype)
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else CLOSE
+    for _ in every_tier():
+        cache = DecoderCache(2, capacity=2)
+        with torch.no_grad():
+            expected = stack(target, memory, tgt_mask=causal(3))
+            found = [stack(one, memory, cache=cache) for one in target.split(1, 1)]
+        torch.testing.assert_close(torch.cat(found, 1), expected, **close)
+
+
+def test_attentions_with_different_numbers_of_heads() -> None:
+    stack = decoder()
+    for layer in stack.layers:
+        layer.multihead_attn = fast_nn.MultiheadAttention(
+            EMBED, 2 * HEADS, batch_first=True, dtype=torch.float64
+        ).eval()
     target, memory = sequence(2, 4), sequence(2, 5, seed=1)
     cache = DecoderCache(2)
     with torch.no_grad():
@@ -267,6 +298,13 @@ def test_errors() -> None:
         mixed = fast_nn.TransformerDecoder(theirs.layers[0], 2)
         with pytest.raises(TypeError, match="layers that take none"):
             mixed(x, memory, cache=DecoderCache(2))
+        padding = torch.zeros(2, 5, dtype=torch.int64)
+        with pytest.raises(AssertionError, match=r"memory_key_padding_mask.*int64"):
+            stack(x, memory, cache=cache, memory_key_padding_mask=padding)
+        with pytest.raises(TypeError, match="cache must be a DecoderCache, got DecoderLayerCache"):
+            stack(x, memory, cache=DecoderLayerCache())
+        with pytest.raises(TypeError, match="cache must be a DecoderLayerCache, got DecoderCache"):
+            stack.layers[0](x, memory, cache=cache)
     with pytest.raises(ValueError, match="num_layers"):
         DecoderCache(-1)
     with pytest.raises(ValueError, match="capacity"):

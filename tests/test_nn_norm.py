@@ -117,6 +117,26 @@ def test_compile_and_export(name: str) -> None:
 
 
 @each_name
+def test_compile_with_symbolic_sizes(name: str) -> None:
+    """Dynamic from the first call; and eps, which a compiler makes symbolic at its second value."""
+    torch._dynamo.reset()
+    x = torch.randn(3, 4, 6)
+    for eps in (1e-5, 1e-6, 1e-3):
+        _, ours = build_pair(name, 6, eps=eps)  # in one cache of compiled code
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)
+        torch.testing.assert_close(results(compiled, x), results(ours, x), rtol=1e-6, atol=1e-6)
+    torch._dynamo.reset()
+
+
+@each_name
+def test_the_arguments_name(name: str) -> None:
+    theirs, ours = build_pair(name, 6)
+    x = torch.randn(3, 6)
+    given = {"RMSNorm": "x", "LayerNorm": "input"}[name]
+    torch.testing.assert_close(ours(**{given: x}), theirs(**{given: x}))
+
+
+@each_name
 def test_script(name: str) -> None:
     theirs, ours = build_pair(name, 6)
     x = torch.randn(3, 6)

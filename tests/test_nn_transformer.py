@@ -361,6 +361,42 @@ def test_padded_rows_are_left_out_in_inference(
         assert torch.equal(full[hidden], zeros.expand(int(hidden.sum()), -1))
 
 
+def _over_positions(x: torch.Tensor) -> torch.Tensor:
+    """An activation that is none of an element alone, and takes a batch of sequences only."""
+    return x * torch.sigmoid(x.permute(0, 2, 1).mean(-1)).unsqueeze(1)
+
+
+class _SequenceNorm(torch.nn.Module):
+    eps = 1.0  # torch reads it, and then calls the module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, steps, _ = x.shape
+        return x / (batch + steps)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("what", ["activation", "norm", "hook"])
+def test_who_may_ask_for_the_shape_gets_the_whole_batch(what: str) -> None:
+    theirs, ours = pair("TransformerEncoder", training=False)
+    hidden = torch.arange(5) >= torch.tensor([5, 2, 3])[:, None]
+    seen = []
+    for stack in (theirs, ours):
+        stack.use_nested_tensor = False  # torch's own way of leaving rows out
+        for layer in stack.layers:
+            if what == "activation":
+                layer.activation = _over_positions
+                layer.activation_relu_or_gelu = 0
+            elif what == "norm":
+                layer.norm2 = _SequenceNorm()
+            else:
+                layer.norm1.register_forward_hook(lambda *call: seen.append(call[1][0].shape))
+    x = sequence(3, 5)
+    with torch.no_grad():
+        expected, found = (stack(x, src_key_padding_mask=hidden) for stack in (theirs, ours))
+    torch.testing.assert_close(found[~hidden], expected[~hidden], **CLOSE)
+    assert set(seen) == ({x.shape} if what == "hook" else set())
+
+
 def test_padded_rows_have_results_where_torch_has_them() -> None:
     hidden = torch.arange(5) >= torch.tensor([5, 2, 3])[:, None]
     x = sequence(3, 5)

@@ -47,6 +47,16 @@ def test_compile(kind: str, masked: bool) -> None:
         torch.testing.assert_close(compiled(*inputs, **options), expected[0], **CLOSE)
 
 
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_compile_with_symbolic_sizes(kind: str) -> None:
+    case = Case(kind, training=False)
+    ours = build(fast_nn, case)
+    inputs, options = arguments(case)
+    compiled: Any = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs, **options), ours(*inputs, **options), **CLOSE)
+
+
 def test_compile_inductor() -> None:
     case = Case("TransformerEncoder", padding="end", training=False)
     ours = build(fast_nn, case)

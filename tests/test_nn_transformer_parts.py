@@ -209,6 +209,28 @@ def test_a_replaced_forward_is_called() -> None:
     torch.testing.assert_close(layer(x), without, **CLOSE)
 
 
+@pytest.mark.parametrize("method", ["_sa_block", "_mha_block", "_ff_block"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_replaced_method_is_called(kind: str, method: str, fused: list[Any]) -> None:
+    theirs, ours = pair(kind)
+    if not hasattr(theirs, method):
+        pytest.skip(f"{kind} has no {method}")
+    inputs, _ = arguments(Case(kind))
+    for module in (theirs, ours):
+        setattr(module, method, lambda x, *_, **__: 0.5 * x)
+    torch.testing.assert_close(train(ours, inputs, {}), train(theirs, inputs, {}), **CLOSE)
+    assert not fused
+
+
+@pytest.mark.parametrize("name", ["dropout", "dropout1", "dropout2"])
+def test_a_replaced_dropout_is_called(name: str) -> None:
+    theirs, ours = pair("TransformerEncoderLayer")
+    for module in (theirs, ours):
+        getattr(module, name).forward = lambda x: 0.5 * x
+    x = sequence(2, 3)
+    torch.testing.assert_close(train(ours, [x], {}), train(theirs, [x], {}), **CLOSE)
+
+
 # --- mixed with torch's ------------------------------------------------------------------------
 
 

@@ -150,8 +150,9 @@ def test_a_row_that_sees_no_key(way: str, extra: str) -> None:
 
 @pytest.mark.parametrize("way", ["key_lengths", "causal", "mask", "bias", "padding"])
 @pytest.mark.parametrize("which", ["key", "value", "both"])
-def test_what_nobody_sees_does_not_matter(way: str, which: str) -> None:
-    masking.test_what_nobody_sees_does_not_matter(way, which)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_what_nobody_sees_does_not_matter(way: str, which: str, softcap: float | None) -> None:
+    masking.test_what_nobody_sees_does_not_matter(way, which, softcap)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

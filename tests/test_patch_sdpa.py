@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
 
 import fastseq
 from fastseq import backends, functional
@@ -45,6 +45,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", record)
     return seen
+
+
+def test_a_causal_bias_for_torchs_own_function() -> None:
+    """It goes by the function's name; who kept the function from before has another one."""
+    q = torch.randn(1, 2, 5, 8)
+    before = CausalBias.__dict__["__torch_function__"]
+    for mask in (causal_upper_left(5, 5), causal_lower_right(5, 5)):
+        expected = ORIGINAL(q, q, q, attn_mask=mask)
+        with fastseq.patch_sdpa():
+            torch.testing.assert_close(ORIGINAL(q, q, q, attn_mask=mask), expected)
+            assert torch.equal(mask._materialize(), mask._materialize())
+            assert mask.clone().shape == mask.shape  # other functions are as before
+    assert CausalBias.__dict__["__torch_function__"] is before
 
 
 def qkv(*shape: int, count: int = 3, dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -137,6 +137,10 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "no_tensor": ((q4, None, v4), {}, "key"),
     "mask_list": ((q4, k4, v4, [[1.0]]), {}, "attn_mask"),
     "scale": ((q4, k4, v4), {"scale": "a"}, "scale"),
+    "scale_position": ((q4, k4, v4, None, 0.0, True, 0.5), {}, "positional"),
+    "causal_number": ((q4, k4, v4), {"is_causal": 1}, "is_causal"),
+    "causal_none": ((q4, k4, v4), {"is_causal": None}, "is_causal"),
+    "gqa_number": ((q4, k4, v4), {"enable_gqa": 1}, "enable_gqa"),
     "dropout_type": ((q4, k4, v4, None, "a"), {}, "dropout_p"),
 }
 

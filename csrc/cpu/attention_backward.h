@@ -242,7 +242,11 @@ struct AttentionBackward {
       add_bias_gradient(lane_scores.panel, part, grad_scores);
     }
     if (shape.softcap != 0) {
-      for (int64_t k = 0; k < part.count() * W; k += L) store(grad_scores + k, load(grad_scores + k) * load(b.cap_slope + k));
+      for (int64_t k = 0; k < part.count() * W; k += L) {
+        V gradient = load(grad_scores + k);
+        // The slope at a hidden score may be NaN.
+        store(grad_scores + k, gradient == V{} ? V{} : gradient * load(b.cap_slope + k));
+      }
     }
     if (call.grad_query.data) {
       enter_phase(Phase::query_gradient);

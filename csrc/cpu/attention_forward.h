@@ -83,12 +83,14 @@ struct AttentionForward {
   const fastseq_attention_forward& call;
   const fastseq_attention_shape& shape;
   AttentionSizes<T> sizes;
+  bool only_statistics;  // no output: what is wanted of a row is what write_row_statistics says
   bool merges_heads;     // the rows of all heads of a group make one list
   int64_t piece_panels;  // panels of a piece
   int64_t lists, pieces_per_list;
   WorkQueue queue;
 
   explicit AttentionForward(const fastseq_attention_forward& call) : call(call), shape(call.shape), sizes(call.shape) {
+    only_statistics = !call.output.data;
     merges_heads = sizes.group > 1 && shape.queries < W && !call.weights.data;
     lists = merges_heads ? sizes.kv_heads : sizes.heads;
     int64_t rows = merges_heads ? sizes.group * shape.queries : shape.queries;
@@ -184,11 +186,12 @@ struct AttentionForward {
     Piece piece = prepare(b, batch, list, index);
     if (piece.panels <= 0) return;
     bool started[panels_per_piece] = {};
-    for_each_block(b, piece, true,
+    for_each_block(b, piece, !only_statistics,
                    [&](int64_t p, Range part, BlockKind kind, const T* largest, RowBlock<T> values) FS_LAMBDA_INLINE {
                      RunningSoftmax<T>& softmax = b.softmax[p];
                      enter_phase(Phase::softmax);
                      softmax.weigh(b.scores, part.count(), score_factor(sizes), largest);
+                     if (only_statistics) return;
                      if (shape.dropout > 0) {
                        enter_phase(Phase::dropout);
                        b.lane_dropout[p].apply(part, b.scores);
@@ -263,7 +266,7 @@ struct AttentionForward {
   void finish_panel(Buffers& b, const Piece& piece, int64_t p, bool started) {
     const Panel<T>& panel = b.lane_scores[p].panel;
     RunningSoftmax<T>& softmax = b.softmax[p];
-    if (!started) memset(output_panel(b, p), 0, (size_t)(sizes.value_size * W) * sizeof(T));
+    if (!started && !only_statistics) memset(output_panel(b, p), 0, (size_t)(sizes.value_size * W) * sizeof(T));
     alignas(64) T factor[W];
     T* row_of[W];
     for (int64_t lane = 0; lane < W; ++lane) {
@@ -276,7 +279,7 @@ struct AttentionForward {
       if (lane < panel.rows)
         write_row_statistics(call, score_factor(sizes), piece.batch, head, row, softmax.maximum[lane], softmax.sum[lane]);
     }
-    unpack_lanes(output_panel(b, p), sizes.value_size, factor, panel.rows, row_of);
+    if (!only_statistics) unpack_lanes(output_panel(b, p), sizes.value_size, factor, panel.rows, row_of);
   }
   FS_INLINE T weight_scale(T sum) const {
     if (sum == 0 || shape.dropout >= 1) return T(0);
@@ -313,8 +316,14 @@ int attention_forward(const fastseq_attention_forward* call) {
   bool decodes = AttentionDecode<T>::applies(*call);
   ProfiledCall profiled;
   if (profiled.begins<T>(decodes ? "attention_decode" : "attention_forward", "")) profile_sizes(call->shape);
-  if (decodes) return AttentionDecode<T>(*call).run();
-  return AttentionForward<T>(*call).run();
+  if (!decodes) return AttentionForward<T>(*call).run();
+  int status = AttentionDecode<T>(*call).run();
+  if (status || !call->row_maximum.data) return status;
+  // Backward computes the weights again, from scores whose last digits are those of tiles, and so must be the maximum and sum that
+  // it takes: where scores reach 5e4, a digit of theirs is a hundredth of a weight.
+  fastseq_attention_forward statistics = *call;
+  statistics.output.data = statistics.lse.data = nullptr;
+  return AttentionForward<T>(statistics).run();
 }
 
 }  // namespace

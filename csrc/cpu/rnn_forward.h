@@ -7,10 +7,11 @@
 //      one barrier a step so that everyone sees the new h.
 // The input product apart from the recurrence costs a pass over a chunk-sized buffer and gains rows: W_ih is read once a
 // chunk instead of once a step, and at batch 1 it is no longer bound by reading weights.
-// A single row (batch 1, or a handful of rows in all) takes the weights as they lie, without packing.
+// A single row (batch 1, or a handful of rows in all) takes the weights as they lie, without packing (rnn_direct.h).
 #pragma once
 
 #include "math.h"
+#include "rnn_direct.h"
 #include "rnn_split.h"
 
 namespace fastseq::FS_ISA {
@@ -24,11 +25,6 @@ struct RnnForward {
   static constexpr int64_t block_rows = 5 * FS_TILE_ROWS;
   // Blocks of fewer rows are over in less time than two threads take to agree on them.
   static constexpr int64_t stealing_rows = 4;
-  // Up to so many rows in all, reading the weights as they lie costs less than packing them first. The larger number holds where they
-  // are read in streams, no cache of a core holds them, and a step has more than one row.
-  static constexpr int64_t few_direct_rows = 4, most_direct_rows = reads_streams ? 24 : few_direct_rows;
-  // Weights of a step that a second-level cache holds beside all else, and those that it never holds.
-  static constexpr int64_t cached_bytes = 256 << 10, uncached_bytes = 1 << 20;
 
   struct DirectionBuffers {
     T* packed_input;        // [unit_blocks * input_count][I][W]
@@ -36,8 +32,8 @@ struct RnnForward {
     T* packed_projection;   // [output_blocks][H][W]
     T* bias;                // [slots][hidden_padded]
     T* chunk_slots;         // [chunk_capacity][slot_stride], inference only
-    T* direct_slots;        // [slots][most_direct_rows][hidden_padded] of a step, where weights are read in streams
-    T* plain_rows;          // [threads][most_direct_rows][I or R, the larger], inputs or states one row after the other
+    T* direct_sums;         // of DirectProducts, all threads' units
+    T* direct_rows;         // [threads] of what DirectProducts calls plain
     T* cell;                // [B][hidden_padded]
     BlockedRows<T> x;       // [chunk_capacity, I]
     BlockedRows<T> h[2];    // [B, R], the state before and after a step
@@ -50,32 +46,16 @@ struct RnnForward {
   const fastseq_rnn_forward& call;
   LayerSizes<T, Cell> sizes;
   StepTable table;
-  bool direct_input, direct_hidden, direct_streams, is_split;
+  DirectPlan<T, Cell> direct;
+  bool is_split;
   int64_t capacity;
   DirectionBuffers buffers[FASTSEQ_MAX_DIRECTIONS];
   Barrier barriers[2];
 
-  explicit RnnForward(const fastseq_rnn_forward& call) : call(call), sizes(call.shape), table{&call.shape, nullptr} {
-    const bool streams_rows = reads_streams && !sizes.has_projection && sizes.batch > 1 && step_bytes(true) > uncached_bytes;
-    direct_input = sizes.rows <= (streams_rows ? most_direct_rows : few_direct_rows);
-    direct_hidden = direct_input || (sizes.batch == 1 && !worth_packing());
-    direct_streams = reads_streams && direct_hidden && step_bytes(direct_input) > cached_bytes;
-    is_split = !direct_hidden && rnn_is_split(sizes);
+  explicit RnnForward(const fastseq_rnn_forward& call)
+      : call(call), sizes(call.shape), table{&call.shape, nullptr}, direct(sizes) {
+    is_split = !direct.hidden && rnn_is_split(sizes);
     capacity = chunk_capacity(sizes.rows, sizes.batch, sizes.chunk_target_rows());
-  }
-
-  // Of the weights that one step reads.
-  int64_t step_bytes(bool with_input) const {
-    return Cell::gates * sizes.hidden * (sizes.output + (with_input ? sizes.input : 0)) * (int64_t)sizeof(T);
-  }
-  int64_t plain_size() const { return most_direct_rows * maximum(sizes.input, sizes.output); }
-
-  // Whether a single row has steps enough to win back what packing W_hh takes. Vectors of 64 bytes run down the rows of W as fast
-  // as down panels; with shorter ones, preparing the rows and adding up lanes is much of the work at small sizes.
-  bool worth_packing() const {
-    constexpr int64_t bytes_of_a_step = 160 << 10, least_steps = 12;  // 12 steps at H 64, 18 at 256, 37 at 512 (AVX2)
-    int64_t bytes = Cell::hidden_count * sizes.hidden * sizes.output * (int64_t)sizeof(T);
-    return FS_VECTOR_BYTES < 64 && sizes.steps >= least_steps + bytes / bytes_of_a_step;
   }
 
   void lay_out(Arena& arena, bool side_by_side, int threads) {
@@ -87,16 +67,16 @@ struct RnnForward {
         continue;
       }
       int64_t blocks = sizes.unit_blocks();
-      b.packed_input = arena.take<T>(direct_input || is_split ? 0 : blocks * Cell::input_count * sizes.input * W);
-      b.packed_hidden = arena.take<T>(direct_hidden || is_split ? 0 : blocks * Cell::hidden_count * sizes.output * W);
+      b.packed_input = arena.take<T>(direct.input || is_split ? 0 : blocks * Cell::input_count * sizes.input * W);
+      b.packed_hidden = arena.take<T>(direct.hidden || is_split ? 0 : blocks * Cell::hidden_count * sizes.output * W);
       b.packed_projection =
-          arena.take<T>(sizes.has_projection && !direct_hidden ? sizes.output_blocks() * sizes.hidden * W : 0);
+          arena.take<T>(sizes.has_projection && !direct.hidden ? sizes.output_blocks() * sizes.hidden * W : 0);
       b.bias = arena.take<T>(sizes.slots * sizes.hidden_padded);
-      b.chunk_slots = arena.take<T>(call.reserve || direct_input ? 0 : capacity * sizes.slot_stride());
-      b.direct_slots = arena.take<T>(direct_streams ? sizes.slots * most_direct_rows * sizes.hidden_padded : 0);
-      b.plain_rows = arena.take<T>(direct_streams ? threads * plain_size() : 0);
+      b.chunk_slots = arena.take<T>(call.reserve || direct.input ? 0 : capacity * sizes.slot_stride());
+      b.direct_sums = arena.take<T>(direct.streams ? DirectProducts<T, Cell>::sums_size(sizes) : 0);
+      b.direct_rows = arena.take<T>(direct.streams ? threads * DirectProducts<T, Cell>::plain_size(sizes) : 0);
       b.cell = arena.take<T>(Cell::has_cell ? sizes.batch * sizes.hidden_padded : 0);
-      b.x = take_rows(arena, direct_input || is_split ? 0 : capacity, sizes.input);
+      b.x = take_rows(arena, direct.input || is_split ? 0 : capacity, sizes.input);
       for (auto& h : b.h) h = take_rows(arena, is_split ? 0 : sizes.batch, sizes.output);
       if constexpr (has_split_products<T>)
         if (is_split) b.split.lay_out(arena, sizes, capacity);
@@ -147,6 +127,7 @@ struct RnnForward {
     int64_t index;
     Walkway walk;
     Team team;
+    DirectProducts<T, Cell> direct;
     bool given_state = false;  // h is read where the caller has h0
     Range units;               // unit blocks of this thread
     Range outputs;             // blocks of the output of this thread (differ from units only with a projection)
@@ -164,6 +145,12 @@ struct RnnForward {
           index(d),
           walk{layer.sizes.steps, d == 1},
           team(team),
+          direct{sizes,
+                 layer.direct,
+                 weights,
+                 b.bias,
+                 b.direct_sums,
+                 b.direct_rows + team.rank * (layer.direct.streams ? DirectProducts<T, Cell>::plain_size(sizes) : 0)},
           units(split(layer.sizes.unit_blocks(), team.size, team.rank)),
           outputs(split(layer.sizes.output_blocks(), team.size, team.rank)) {
       y.data += d * sizes.output;
@@ -178,7 +165,7 @@ struct RnnForward {
       for (int64_t position = 0; position < sizes.steps;) {
         Chunk chunk = next_chunk(table, walk, position, sizes.chunk_target_rows());
         int64_t first = table.first_row[minimum(walk.step(chunk.begin), walk.step(chunk.end - 1))];
-        if (!layer.direct_input)
+        if (!layer.direct.input)
           input_product(chunk, first);
         else if (position == 0 && !(given_state = reads_given_state()))
           team.wait();  // h0 is in place
@@ -187,7 +174,7 @@ struct RnnForward {
     }
 
     // Before the first step products may read h0 where it was given: then the threads need not meet for it.
-    bool reads_given_state() const { return layer.direct_input && layer.call.initial_hidden && !sizes.has_projection; }
+    bool reads_given_state() const { return layer.direct.input && layer.call.initial_hidden && !sizes.has_projection; }
 
     void pack_weights() {
       int64_t hidden = sizes.hidden;
@@ -195,10 +182,10 @@ struct RnnForward {
         int64_t unit = block * W, columns = hidden - unit;
         if constexpr (has_split_products<T>)
           if (layer.is_split) b.split.pack_block(sizes, weights, block);
-        for (int i = 0; i < Cell::input_count && !layer.direct_input && !layer.is_split; ++i)
+        for (int i = 0; i < Cell::input_count && !layer.direct.input && !layer.is_split; ++i)
           pack_transposed((const T*)weights.input + (Cell::gate_of_input(i) * hidden + unit) * sizes.input, sizes.input,
                           columns, sizes.input, b.packed_input + (block * Cell::input_count + i) * sizes.input * W);
-        for (int i = 0; i < Cell::hidden_count && !layer.direct_hidden && !layer.is_split; ++i)
+        for (int i = 0; i < Cell::hidden_count && !layer.direct.hidden && !layer.is_split; ++i)
           pack_transposed((const T*)weights.hidden + (Cell::gate_of_hidden(i) * hidden + unit) * sizes.output, sizes.output,
                           columns, sizes.output, b.packed_hidden + (block * Cell::hidden_count + i) * sizes.output * W);
         T* bias = b.bias + unit;
@@ -207,7 +194,7 @@ struct RnnForward {
         add_bias(weights.input_bias, Cell::input_first, Cell::input_count, Cell::gate_of_input, unit);
         add_bias(weights.hidden_bias, Cell::hidden_first, Cell::hidden_count, Cell::gate_of_hidden, unit);
       }
-      if (!sizes.has_projection || layer.direct_hidden) return;
+      if (!sizes.has_projection || layer.direct.hidden) return;
       for (int64_t block = outputs.begin; block < outputs.end; ++block)
         pack_transposed((const T*)weights.projection + block * W * hidden, hidden, sizes.output - block * W, hidden,
                         b.packed_projection + block * hidden * W);
@@ -318,7 +305,7 @@ struct RnnForward {
       BlockedRows<T> before = b.h[position % 2], after = b.h[(position + 1) % 2];
       int64_t row_blocks = (alive + block_rows - 1) / block_rows;
       EvenSplit blocks_of_rows(alive, row_blocks);
-      enter_phase(layer.direct_hidden ? Phase::fused_step : Phase::recurrent_product);
+      enter_phase(layer.direct.hidden ? Phase::fused_step : Phase::recurrent_product);
       fetch_states(position % 2, alive);
       auto update_run = [&](BlockRun blocks) {
         if constexpr (has_split_products<T>)
@@ -335,10 +322,14 @@ struct RnnForward {
       bool reversed = position % 2;
       int64_t first = reversed ? units.end - 1 : units.begin, direction = reversed ? -1 : 1;
       if constexpr (reads_streams)
-        if (layer.direct_streams) multiply_streams(t, alive, chunk_first, before);
-      if (alive < stealing_rows || team.size == 1 || layer.direct_streams) {
+        if (layer.direct.streams)
+          direct.multiply_rows(
+              units.begin * W, minimum(units.end * W, sizes.hidden) - units.begin * W, alive,
+              [&](int64_t row) { return layer.direct.input ? nullptr : slots_at(table.first_row[t] + row, chunk_first); },
+              [&](int64_t row) { return x.at(t, row); }, [&](int64_t row) { return state_before(before, row); });
+      if (alive < stealing_rows || team.size == 1 || layer.direct.streams) {
         // Few rows: several blocks between one change of phase and the next, which costs a recording something.
-        int64_t together = layer.is_split || layer.direct_hidden ? 1 : maximum(1, block_rows / maximum(1, alive));
+        int64_t together = layer.is_split || layer.direct.hidden ? 1 : maximum(1, block_rows / maximum(1, alive));
         for (int64_t i = 0; i < units.count(); i += together)
           update_run({first + i * direction, direction, minimum(together, units.count() - i)});
       } else {
@@ -357,6 +348,10 @@ struct RnnForward {
       if (position + 1 < sizes.steps) team.wait();
     }
 
+    FS_INLINE BlockedRow<T> state_before(BlockedRows<T> before, int64_t row) const {
+      return given_state ? plain_row<T>(state_row(layer.call.initial_hidden, row, sizes.output)) : blocked_row(before, row);
+    }
+
     // The part of h_{t-1} that the other threads of the team wrote.
     FS_INLINE void fetch_states(int before, int64_t alive) {
       if constexpr (has_split_products<T>)
@@ -367,11 +362,6 @@ struct RnnForward {
       fetch_columns(b.h[before], 0, alive, Range{0, minimum(outputs.begin * W, sizes.output)});
       fetch_columns(b.h[before], 0, alive, Range{outputs.end * W, sizes.output});
     }
-
-    static constexpr bool is_hidden_slot(int s) {
-      return s >= Cell::hidden_first && s < Cell::hidden_first + Cell::hidden_count;
-    }
-    static constexpr bool is_input_slot(int s) { return s >= Cell::input_first && s < Cell::input_first + Cell::input_count; }
 
     // Where one row keeps what belongs to the first unit of a block.
     struct UnitPointers {
@@ -399,7 +389,7 @@ struct RnnForward {
     FS_INLINE void update_blocks(BlockRun blocks, Range rows, int64_t t, int64_t ending, int64_t chunk_first,
                                  BlockedRows<T> before, BlockedRows<T> after, int parity) {
       alignas(64) T scratch[Cell::slots * block_rows * W];  // [slots][block][row][W]
-      if (!layer.direct_hidden) {
+      if (!layer.direct.hidden) {
         enter_phase(Phase::recurrent_product);
         for (int64_t i = 0; i < blocks.count; ++i)
           multiply_block(blocks[i], rows, table.first_row[t], chunk_first, before, parity, scratch + i * rows.count() * W);
@@ -417,7 +407,7 @@ struct RnnForward {
       for (int i = 0; i < Cell::hidden_count; ++i) {
         int s = Cell::hidden_first + i;
         int64_t column = s * sizes.hidden_padded + unit;
-        bool has_input = is_input_slot(s);
+        bool has_input = direct.is_input(s);
         const T* init = has_input ? slots_at(packed_row + rows.begin, chunk_first) + column : b.bias + column;
         const T* panel = b.packed_hidden + (block * Cell::hidden_count + i) * sizes.output * W;
         multiply_panel(before, rows.begin, rows.count(), 0, sizes.output, panel, init, has_input ? sizes.slot_stride() : 0,
@@ -432,18 +422,19 @@ struct RnnForward {
       for (int64_t row = rows.begin; row < rows.end; ++row) {
         UnitPointers at = unit_pointers(unit, t, row, packed_row + row, chunk_first, row >= ending, before, after, parity);
         const T* sums = block_sums + (row - rows.begin) * W;
-        if (!layer.direct_hidden && count >= W) {
+        if (!layer.direct.hidden && count >= W) {
           update_vector<true>(at, sums, 0, L);
           update_vector<true>(at, sums, L, L);
           continue;
         }
         for (int64_t v = 0; v < W && v < count; v += L) {
-          if (layer.direct_hidden) {
+          if (layer.direct.hidden) {
             V slot[Cell::slots];
-            if (reads_streams && layer.direct_streams)
-              for (int s = 0; s < Cell::slots; ++s) slot[s] = load(stream_sums(s, row, unit + v));
+            if (reads_streams && layer.direct.streams)
+              for (int s = 0; s < Cell::slots; ++s) slot[s] = load(direct.sums_at(s, row, unit + v));
             else
-              direct_slots(slot, unit + v, count - v, at.slots ? at.slots + v : nullptr, before, t, row);
+              direct.multiply_row(slot, unit + v, count - v, at.slots ? at.slots - unit : nullptr, x.at(t, row),
+                                  state_before(before, row));
             finish_vector<false>(slot, at, v, count - v);
           } else {
             update_vector<false>(at, sums, v, count - v);
@@ -456,7 +447,7 @@ struct RnnForward {
                                          bool ends, BlockedRows<T> before, BlockedRows<T> after, int parity) const {
       UnitPointers at{};
       bool projects = sizes.has_projection;
-      if (saves || !layer.direct_input) at.slots = slots_at(packed_row, chunk_first) + unit;
+      if (saves || !layer.direct.input) at.slots = slots_at(packed_row, chunk_first) + unit;
       if constexpr (Cell::has_cell) {
         at.cell = b.cell + row * sizes.hidden_padded + unit;
         if (saves) at.saved_cell = reserve.cells + packed_row * sizes.hidden_padded + unit;
@@ -488,13 +479,13 @@ struct RnnForward {
       V slot[Cell::slots];
 #pragma GCC unroll 8
       for (int s = 0; s < Cell::slots; ++s)
-        slot[s] = is_hidden_slot(s) ? load(sums + s * block_rows * W + v) : load(at.slots + s * sizes.hidden_padded + v);
+        slot[s] = direct.is_hidden(s) ? load(sums + s * block_rows * W + v) : load(at.slots + s * sizes.hidden_padded + v);
       if constexpr (has_split_products<T>)
         if (layer.is_split) {
         // These sums started from zero.
 #pragma GCC unroll 8
           for (int s = Cell::hidden_first; s < Cell::hidden_first + Cell::hidden_count; ++s)
-            slot[s] += load((is_input_slot(s) ? at.slots : at.bias) + s * sizes.hidden_padded + v);
+            slot[s] += load((direct.is_input(s) ? at.slots : at.bias) + s * sizes.hidden_padded + v);
         }
       finish_vector<full>(slot, at, v, count);
     }
@@ -536,79 +527,19 @@ struct RnnForward {
       if (ends) store_partial(state_row(layer.call.final_hidden, row, sizes.output) + column, h, count);
     }
 
-    FS_INLINE T* stream_sums(int s, int64_t row, int64_t unit) const {
-      return b.direct_slots + (s * most_direct_rows + row) * sizes.hidden_padded + unit;
-    }
-    // Pre-activations of this thread's units for the few rows of a step, straight from the unpacked weights.
-    void multiply_streams(int64_t t, int64_t alive, int64_t chunk_first, BlockedRows<T> before) {
-      const int64_t unit = units.begin * W, count = minimum(units.end * W, sizes.hidden) - unit;
-      if (count <= 0) return;
-      for (int s = 0; s < Cell::slots; ++s)
-        for (int64_t row = 0; row < alive; ++row) {
-          const int64_t column = s * sizes.hidden_padded + unit;
-          const bool has_product = is_input_slot(s) && !layer.direct_input;
-          const T* init = has_product ? slots_at(table.first_row[t] + row, chunk_first) + column : b.bias + column;
-          copy_row(init, round_up(count, L), stream_sums(s, row, unit));
-        }
-      auto add_product = [&](int s, const void* w, int gate, const T* a, int64_t depth) FS_LAMBDA_INLINE {
-        const T* first = (const T*)w + (gate * sizes.hidden + unit) * depth;
-        RowStreams<T>::multiply(first, depth, count, depth, a, depth, alive, stream_sums(s, 0, unit), sizes.hidden_padded,
-                                true);
-      };
-      T* plain = b.plain_rows + team.rank * layer.plain_size();
-      if (layer.direct_input) {
-        for (int64_t row = 0; row < alive; ++row) copy_row((const T*)x.at(t, row), sizes.input, plain + row * sizes.input);
-        for (int i = 0; i < Cell::input_count; ++i)
-          add_product(Cell::input_first + i, weights.input, Cell::gate_of_input(i), plain, sizes.input);
-      }
-      for (int64_t row = 0; row < alive; ++row) {
-        if (given_state) {
-          copy_row((const T*)state_row(layer.call.initial_hidden, row, sizes.output), sizes.output, plain + row * sizes.output);
-          continue;
-        }
-        for (int64_t k = 0; k < sizes.output; k += block_depth<T>)
-          copy_row((const T*)before.at(row, k), minimum(block_depth<T>, sizes.output - k), plain + row * sizes.output + k);
-      }
-      for (int i = 0; i < Cell::hidden_count; ++i)
-        add_product(Cell::hidden_first + i, weights.hidden, Cell::gate_of_hidden(i), plain, sizes.output);
-    }
-
-    // Pre-activations of `count` units of one row, straight from the unpacked weights.
-    FS_INLINE void direct_slots(V (&slot)[Cell::slots], int64_t unit, int64_t count, const T* slots, BlockedRows<T> before,
-                                int64_t t, int64_t row) {
-      const BlockedRow<T> h =
-          given_state ? plain_row<T>(state_row(layer.call.initial_hidden, row, sizes.output)) : blocked_row(before, row);
-      for (int s = 0; s < Cell::slots; ++s) {
-        int64_t column = s * sizes.hidden_padded + unit;
-        if (is_input_slot(s) && !layer.direct_input) {
-          slot[s] = load(slots + s * sizes.hidden_padded);
-        } else {
-          slot[s] = load(b.bias + column);
-          if (is_input_slot(s))
-            slot[s] = dot_rows(
-                (const T*)weights.input + (Cell::gate_of_input(s - Cell::input_first) * sizes.hidden + unit) * sizes.input,
-                minimum(L, count), plain_row<T>(x.at(t, row)), sizes.input, slot[s]);
-        }
-        if (is_hidden_slot(s))
-          slot[s] = dot_rows(
-              (const T*)weights.hidden + (Cell::gate_of_hidden(s - Cell::hidden_first) * sizes.hidden + unit) * sizes.output,
-              minimum(L, count), h, sizes.output, slot[s]);
-      }
-    }
-
     // h = W_hr (o * tanh(c)) for one block of outputs.
     FS_INLINE void project_block(int64_t block, Range rows, int64_t t, int64_t ending, BlockedRows<T> after) {
       alignas(64) static constexpr T zeros[W] = {};
       alignas(64) T scratch[block_rows * W];  // [row][W]
       int64_t column = block * W;
-      if (!layer.direct_hidden)
+      if (!layer.direct.hidden)
         multiply_panel(b.hidden, rows.begin, rows.count(), 0, sizes.hidden, b.packed_projection + block * sizes.hidden * W,
                        zeros, 0, scratch, W);
       for (int64_t row = rows.begin; row < rows.end; ++row)
         for (int64_t v = 0; v < 2; ++v) {
           int64_t first = column + v * L, count = sizes.output - first;
           if (count <= 0) break;
-          V h = layer.direct_hidden ? dot_rows((const T*)weights.projection + first * sizes.hidden, minimum(L, count),
+          V h = layer.direct.hidden ? dot_rows((const T*)weights.projection + first * sizes.hidden, minimum(L, count),
                                                blocked_row(b.hidden, row), sizes.hidden, V{})
                                     : keep_lanes<T>(load(scratch + (row - rows.begin) * W + v * L), count);
           emit(h, first, count, t, row, row >= ending, after);

@@ -14,7 +14,7 @@ struct RnnRowParts {
   static constexpr int64_t most_weight_bytes = 512 << 10;
   // With fewer rows a tile waits for the weights; and a part must not fall to the ways of its own that a few rows have.
   static constexpr int64_t least_rows = 8;
-  static_assert(least_rows > short_rows && least_rows > RnnForward<T, Cell>::few_direct_rows);
+  static_assert(least_rows > short_rows && least_rows > DirectPlan<T, Cell>::few_rows);
 
   const fastseq_rnn_forward& call;
   int64_t parts;

@@ -7,6 +7,8 @@ Tensors that do not fit together raise :class:`RuntimeError` as in torch, option
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,30 +98,48 @@ def window(value: Any, causal: bool) -> tuple[int, int]:
             left, right = value
         except (TypeError, ValueError):
             raise TypeError(f"window must be a pair (left, right), got {value!r}") from None
-        for side, size in (("left", left), ("right", right)):
-            if not isinstance(size, int) or isinstance(size, bool):
-                raise TypeError(f"window {side} must be an int, got {type(size).__name__}")
-            if size < -1:
-                raise ValueError(
-                    f"window {side} must be at least 0, or -1 for unbounded, got {size}"
-                )
+        left, right = _window_side("left", left), _window_side("right", right)
     return left, 0 if causal else right
+
+
+def _window_side(side: str, size: Any) -> int:
+    try:
+        if isinstance(size, bool):
+            raise TypeError
+        size = operator.index(size)
+    except TypeError:
+        raise TypeError(f"window {side} must be an int, got {type(size).__name__}") from None
+    if size < -1:
+        raise ValueError(f"window {side} must be at least 0, or -1 for unbounded, got {size}")
+    # More than any tensor has, and positions can still be added to it.
+    return min(size, 1 << 62)
+
+
+def number(name: str, value: Any) -> float:
+    """A real number."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
 
 
 def probability(dropout_p: float) -> float:
     """A dropout probability; torch raises ``RuntimeError`` for one that is none."""
-    if not 0.0 <= dropout_p <= 1.0:
+    probability = number("dropout_p", dropout_p)
+    if not 0.0 <= probability <= 1.0:
         raise RuntimeError(f"dropout_p must be a probability between 0 and 1, got {dropout_p}")
-    return float(dropout_p)
+    return probability
 
 
 def softcap(value: float | None) -> float:
     """A positive cap, 0 for none."""
     if value is None:
         return 0.0
-    if not (value > 0 and math.isfinite(value)):
+    cap = number("softcap", value)
+    if not (cap > 0 and math.isfinite(cap)):
         raise ValueError(f"softcap must be positive and finite, or None, got {value}")
-    return float(value)
+    # Beyond, a cap or what is divided by it has no place in float32. Scores do not come near the
+    # upper bound, and below the lower one all weights are equal.
+    return min(max(cap, 1e-30), 1e30)
 
 
 def scores(name: str, tensor: Any, target: tuple[int, ...], query: Tensor) -> Tensor:
@@ -166,7 +186,7 @@ def key_padding_mask(mask: Any, batch: int, keys: int, query: Tensor) -> Tensor:
 def _integers(name: str, value: Any, count: int, what: str) -> Tensor:
     if not isinstance(value, Tensor):
         try:
-            value = torch.as_tensor(value, dtype=torch.int64)
+            value = torch.as_tensor(value) if len(value) else torch.zeros(0, dtype=torch.int64)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"{name} must be a tensor or a sequence of integers: {error}"
@@ -201,7 +221,12 @@ def lengths(name: str, value: Any, batch: int, most: int) -> Tensor | None:
 
 def starts(name: str, value: Any, rows: int) -> Tensor:
     """``(B + 1,)`` cumulative lengths from 0 to ``rows`` as int64."""
-    count = value.numel() if isinstance(value, Tensor) else len(value)
+    try:
+        count = value.numel() if isinstance(value, Tensor) else len(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a tensor or a sequence of integers, got {type(value).__name__}"
+        ) from None
     if count < 1:
         raise ValueError(f"{name} must have one entry more than there are sequences, got none")
     result = _integers(name, value, count, "one dimension")
@@ -250,8 +275,8 @@ def _like_query(name: str, value: Tensor, query: Tensor) -> Tensor:
     return value.to(query.dtype)
 
 
-def block_table(value: Any, lengths: Tensor, cache: Tensor, batch: int) -> Tensor:
-    """``(B, blocks)`` integers that name blocks of the cache where a sequence has keys."""
+def table_shape(value: Any, batch: int) -> None:
+    """A block table ``(B, blocks)`` of integers."""
     tensors(block_table=value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"block_table must be integers, got {value.dtype}")
@@ -260,6 +285,10 @@ def block_table(value: Any, lengths: Tensor, cache: Tensor, batch: int) -> Tenso
             "block_table must have one row per sequence: "
             f"expected shape ({batch}, blocks), got {_shape(value)}"
         )
+
+
+def block_table(value: Tensor, lengths: Tensor, cache: Tensor) -> Tensor:
+    """The table as int64; its entries name blocks of the cache where a sequence has keys."""
     table = value.to(torch.int64)
     blocks, block_size = cache.shape[0], cache.shape[2]
     if not _may_look(table):

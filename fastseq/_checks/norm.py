@@ -25,6 +25,9 @@ def normalized_shape(value: Any, input: Tensor, too_long: type[Exception]) -> in
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"normalized_shape must be a sequence of ints, got {value!r}")
     for size in value:
+        # hasattr comes last, and not for the usual types: a compiler cannot ask a symbolic size.
+        if isinstance(size, int):
+            continue
         if isinstance(size, (float, str)) or not hasattr(size, "__index__"):
             raise TypeError(f"normalized_shape must be a sequence of ints, got {value!r}")
     dims = len(value)
@@ -90,6 +93,8 @@ def residual(value: Any, input: Tensor) -> Tensor:
 
 def number(name: str, value: Any) -> float:
     """A number that is no tensor."""
+    if isinstance(value, (int, float)):  # not hasattr: see normalized_shape
+        return float(value)
     if isinstance(value, (str, Tensor)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
     return float(value)

@@ -19,11 +19,13 @@ from fastseq._attention import (
 )
 from fastseq._ops.shared import (
     PLAIN_TYPES,
+    differentiable_gradients,
     has_lazy_negation,
     is_observed,
     is_watched,
     lacks_kernels,
     library,
+    needs_differentiable_gradient,
     needs_gradient,
     or_empty,
     wants_composite,
@@ -221,7 +223,7 @@ def _op_backward(
     query, key, value, output, row_maximum, row_scale, *rest = ctx.saved_tensors
     terms, saved = Terms(*rest), (output, row_maximum, row_scale)
     needs = _needed(ctx.needs_input_grad[:3], ctx.needs_input_grad[3 + _BIAS], ctx)
-    if grad_weights is not None or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
+    if grad_weights is not None or needs_differentiable_gradient(grad_output, grad_lse):
         grads = _differentiable_backward(
             (grad_output, grad_lse, grad_weights),
             query,
@@ -265,34 +267,15 @@ def _differentiable_backward(
     It is a differentiable graph, for double backward, and has a gradient for the weights, for
     which there is no kernel.
     """
-    create_graph = torch.is_grad_enabled()
+
+    def composite(
+        query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sinks: Tensor | None
+    ) -> Results:
+        inner = terms._replace(bias=bias, sinks=sinks)
+        return reference_attention.attention(query, key, value, inner, options, weights)
+
     sources = (query, key, value, terms.bias, terms.sinks)
-    wanted = [t for t, need in zip(sources, needs, strict=True) if need and t is not None]
-    with torch.enable_grad():
-        if not create_graph:
-            leaves = [t if t is None else t.detach() for t in sources]
-            for leaf, need in zip(leaves, needs, strict=True):
-                if leaf is not None:
-                    leaf.requires_grad_(need)
-            wanted = [t for t, need in zip(leaves, needs, strict=True) if need and t is not None]
-            query, key, value = leaves[:3]  # type: ignore[assignment]
-            terms = terms._replace(bias=leaves[3], sinks=leaves[4])
-        outputs = reference_attention.attention(query, key, value, terms, options, weights)
-        pairs = [
-            (output, grad)
-            for output, grad in zip(outputs, grads, strict=True)
-            if output is not None and grad is not None
-        ]
-        found = iter(
-            torch.autograd.grad(
-                [output for output, _ in pairs],
-                wanted,
-                [grad for _, grad in pairs],
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-        )
-    return tuple(next(found) if need else None for need in needs)
+    return tuple(differentiable_gradients(composite, sources, needs, grads))
 
 
 class _Attention(torch.autograd.Function):
@@ -327,7 +310,7 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         query, key, value, output, row_maximum, row_scale, *rest = ctx.saved_tensors
         terms, needs = Terms(*rest), ctx.needs_input_grad[:5]
-        if grad_weights is not None or torch.is_grad_enabled():
+        if grad_weights is not None or needs_differentiable_gradient(grad_output, grad_lse):
             grads = _differentiable_backward(
                 (grad_output, grad_lse, grad_weights),
                 query,
@@ -339,7 +322,8 @@ class _Attention(torch.autograd.Function):
                 needs,
             )
         else:
-            backward = _dispatched_backward if is_watched() else _kernels(query).attention_backward
+            dispatched = is_watched() or has_lazy_negation(grad_output, grad_lse)
+            backward = _dispatched_backward if dispatched else _kernels(query).attention_backward
             grads = backward(
                 grad_output,
                 grad_lse,
@@ -413,8 +397,8 @@ def attention(
     """
     assert weights in (WEIGHTS_NONE, WEIGHTS_PER_HEAD, WEIGHTS_MEAN)
     differentiable = (query, key, value, terms.bias, terms.sinks)
-    plain_types = type(query) in PLAIN_TYPES
-    if plain_types and not is_watched() and not has_lazy_negation(query, key, value):
+    plain = type(query) in PLAIN_TYPES and not is_watched()
+    if plain and not has_lazy_negation(*differentiable, terms.alibi_slopes):
         if wants_composite(_WITH_KERNELS):
             return reference_attention.attention(query, key, value, terms, options, weights)
         if needs_gradient(differentiable):

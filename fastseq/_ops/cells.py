@@ -19,9 +19,11 @@ from fastseq._ops.cell_kernels import (
 )
 from fastseq._ops.shared import (
     PLAIN_TYPES,
+    differentiable_gradients,
     has_lazy_negation,
     is_watched,
     library,
+    needs_differentiable_gradient,
     needs_gradient,
     or_empty,
     wants_composite,
@@ -215,28 +217,18 @@ def _differentiable_backward(
     options: Options,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients as a differentiable graph, for double backward, by way of the composite."""
-    sources = [input, *states, *weights]
-    wanted = [tensor for tensor, needed in zip(sources, needs, strict=True) if needed]
-    with torch.enable_grad():
+    """The gradients by way of the composite."""
+
+    def run(input: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        states, weights = rest[:count], rest[count:]
         output, final = composite(
             plan_of(options), input, states, weights, masks, *options[3:], batch_sizes, lengths
         )
-        pairs = [
-            (result, grad)
-            for result, grad in zip((output, *final), (grad_output, *grad_final), strict=True)
-            if grad is not None
-        ]
-        found = iter(
-            torch.autograd.grad(
-                [result for result, _ in pairs],
-                wanted,
-                [grad for _, grad in pairs],
-                create_graph=True,
-                allow_unused=True,
-            )
-        )
-    return [next(found) if needed else None for needed in needs]
+        return output, *final
+
+    count = len(states)
+    sources = (input, *states, *weights)
+    return differentiable_gradients(run, sources, needs, (grad_output, *grad_final))
 
 
 def _dispatched_backward(
@@ -261,7 +253,7 @@ def _gradients(
     """Of input, states and weights, by whichever way this backward has to go."""
     input, masks, batch_sizes, lengths, output, reserve, *rest = saved
     states, weights = rest[: ctx.state_count], rest[ctx.state_count :]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if needs_differentiable_gradient(grad_output, *grad_final):
         return _differentiable_backward(
             grad_output,
             grad_final,
@@ -354,9 +346,8 @@ class _CellLayer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_output, *grad_final = grads
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[7:]]
-        found = _gradients(
-            ctx, ctx.saved_tensors, grad_output, grad_final, needs, watched=is_watched()
-        )
+        watched = is_watched() or has_lazy_negation(*grads)
+        found = _gradients(ctx, ctx.saved_tensors, grad_output, grad_final, needs, watched)
         return found[0], None, None, None, None, None, None, *found[1:]
 
 

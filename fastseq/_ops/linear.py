@@ -19,6 +19,7 @@ from fastseq._ops.shared import (
     is_watched,
     lacks_kernels,
     library,
+    needs_differentiable_gradient,
     needs_gradient,
     or_empty,
     wants_composite,
@@ -204,7 +205,7 @@ def _op_backward(
 ) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * 8
-    differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    differentiable = needs_differentiable_gradient(grad_output)
     grads = _backward(ctx, grad_output, differentiable, torch.ops.fastseq.linear_backward)
     grad_residual = grad_output if ctx.needs_input_grad[3] else None
     return *grads, grad_residual, None, None, None, None
@@ -236,9 +237,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        watched = is_watched()
+        watched = is_watched() or has_lazy_negation(grad_output)
         backward = torch.ops.fastseq.linear_backward if watched else _cpu().linear_backward
-        grads = _backward(ctx, grad_output, torch.is_grad_enabled(), backward)
+        grads = _backward(ctx, grad_output, needs_differentiable_gradient(grad_output), backward)
         grad_residual = grad_output if ctx.needs_input_grad[3] else None
         return *grads, grad_residual, None, None, None
 

@@ -12,11 +12,13 @@ from fastseq import _config
 from fastseq._norm import NormOptions
 from fastseq._ops.shared import (
     PLAIN_TYPES,
+    differentiable_gradients,
     has_lazy_negation,
     is_observed,
     is_watched,
     lacks_kernels,
     library,
+    needs_differentiable_gradient,
     needs_gradient,
     or_empty,
     wants_composite,
@@ -178,32 +180,20 @@ def _differentiable_backward(
     options: NormOptions,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients as a differentiable graph, by way of the composite.
+    """The gradients by way of the composite.
 
     What was normalized hangs in the graph itself, as input or as a result of the very call whose
     gradient this is, so that nothing else need be kept for a second derivative.
     """
-    wants_x = needs[0] or needs[1]
-    wanted = [
-        tensor
-        for tensor, need in ((x, wants_x), (weight, needs[2]), (bias, needs[3]))
-        if need and tensor is not None
-    ]
-    with torch.enable_grad():
-        if grad_output is None:
-            found = iter([torch.zeros_like(tensor) for tensor in wanted])
-        else:
-            output = reference_norm.normalize(x, weight, bias, options)
-            found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
-        grad_x = next(found) if wants_x else None
-        if grad_x is not None and grad_sum is not None:
-            grad_x = grad_x + grad_sum
-        grad_weight = next(found) if needs[2] else None
-        grad_bias = next(found) if needs[3] else None
-        grad_input = grad_x
-        if grad_x is not None and needs[0]:
-            features = options.features(x)
-            grad_input = element_dropout(grad_x, seed, options.dropout_p, features)
+    grad_x, grad_weight, grad_bias = differentiable_gradients(
+        lambda x, weight, bias: (reference_norm.normalize(x, weight, bias, options), x),
+        (x, weight, bias),
+        (needs[0] or needs[1], needs[2], needs[3]),
+        (grad_output, grad_sum),
+    )
+    grad_input = grad_x
+    if grad_x is not None and needs[0]:
+        grad_input = element_dropout(grad_x, seed, options.dropout_p, options.features(x))
     grads = (grad_input, grad_x, grad_weight, grad_bias)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
@@ -224,7 +214,7 @@ def _op_backward(
 ) -> tuple[Any, ...]:
     x, weight, bias, seed, statistics = ctx.saved_tensors
     options, needs = ctx.options, ctx.needs_input_grad[:4]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if needs_differentiable_gradient(grad_output, grad_sum):
         grads = _differentiable_backward(
             grad_output, grad_sum, x, weight, bias, seed, options, needs
         )
@@ -275,7 +265,7 @@ class _Norm(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, weight, bias, seed, statistics = ctx.saved_tensors
         options, needs = ctx.options, ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
+        if needs_differentiable_gradient(grad_output, grad_sum):
             grads = _differentiable_backward(
                 grad_output, grad_sum, x, weight, bias, seed, options, needs
             )
@@ -289,7 +279,7 @@ class _Norm(torch.autograd.Function):
                 statistics,
             )
             wanted = _needed(needs, options.dropout_p)
-            if is_watched():
+            if is_watched() or has_lazy_negation(grad_output, grad_sum):
                 found = torch.ops.fastseq.norm_backward(*arguments, *options, wanted)
             else:
                 found = _cpu().norm_backward(*arguments, options, wanted)

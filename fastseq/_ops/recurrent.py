@@ -12,11 +12,13 @@ from fastseq import _config
 from fastseq._cells import GATES, NUMBA_RESERVE_LAYOUT, RESERVE_LAYOUT
 from fastseq._ops.shared import (
     PLAIN_TYPES,
+    differentiable_gradients,
     has_lazy_negation,
     is_observed,
     is_watched,
     lacks_kernels,
     library,
+    needs_differentiable_gradient,
     needs_gradient,
     or_empty,
     wants_composite,
@@ -277,7 +279,7 @@ def _backward(
     if ctx.options[0] != "lstm":
         grad_cy = None
     grads = (grad_output, grad_hy, grad_cy)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if needs_differentiable_gradient(*grads):
         result = _differentiable_backward(
             grads, input, hx, cx, weights, ctx.options, batch_sizes, lengths, needs
         )
@@ -325,26 +327,14 @@ def _differentiable_backward(
     lengths: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
-    """The gradients as a differentiable graph, for double backward, by way of the composite."""
-    sources = [input, hx, cx, *weights]
-    wanted = [t for t, needed in zip(sources, needs, strict=True) if needed and t is not None]
-    with torch.enable_grad():
-        outputs = reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
-        pairs = [
-            (output, grad)
-            for output, grad in zip(outputs, grads, strict=True)
-            if output is not None and grad is not None
-        ]
-        found = iter(
-            torch.autograd.grad(
-                [output for output, _ in pairs],
-                wanted,
-                [grad for _, grad in pairs],
-                create_graph=True,
-                allow_unused=True,
-            )
-        )
-    grad_input, grad_hx, grad_cx, *grad_weights = [next(found) if n else None for n in needs]
+    """The gradients by way of the composite."""
+
+    def composite(input: Tensor, hx: Tensor | None, cx: Tensor | None, *weights: Tensor) -> Outputs:
+        return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
+
+    sources = (input, hx, cx, *weights)
+    found = differentiable_gradients(composite, sources, needs, grads)
+    grad_input, grad_hx, grad_cx, *grad_weights = found
     return grad_input, grad_hx, grad_cx, grad_weights
 
 
@@ -378,13 +368,13 @@ class _RnnLayer(torch.autograd.Function):
         input, hx, cx, batch_sizes, lengths, output, reserve, *weights = ctx.saved_tensors
         needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[6:]]
         grads = (grad_output, grad_hy, grad_cy)
-        if torch.is_grad_enabled():
+        if needs_differentiable_gradient(*grads):
             grad_input, grad_hx, grad_cx, grad_weights = _differentiable_backward(
                 grads, input, hx, cx, weights, ctx.options, batch_sizes, lengths, needs
             )
         else:
             arguments = (*grads, input, hx, cx, weights, output, reserve)
-            if is_watched():
+            if is_watched() or has_lazy_negation(*grads):
                 grad_input, grad_hx, grad_cx, grad_weights = _dispatched_backward(
                     arguments, ctx.options, batch_sizes, lengths, needs, ctx.reserve_layout
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import torch
@@ -18,6 +18,8 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _get_tracing_state = torch._C._get_tracing_state
 _are_transforms_active = torch._C._are_functorch_transforms_active
+# Whether a tensor stands for many in torch.autograd.grad(..., is_grads_batched=True).
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 library = torch.library.Library("fastseq", "DEF")
 
@@ -93,6 +95,73 @@ def wants_composite(kernels: frozenset[str] = frozenset({"cpu"})) -> bool:
         or forward_ad._current_level >= 0
         or _config.backend_name() not in kernels
     )
+
+
+def needs_differentiable_gradient(*grads: Tensor | None) -> bool:
+    """The gradient from ``grads`` is to be made of differentiable operators.
+
+    For a second derivative, or because a transform or ``is_grads_batched`` batches what comes in.
+    """
+    if _is_compiling():
+        return False
+    if torch.is_grad_enabled() or _are_transforms_active():
+        return True
+    for grad in grads:  # noqa: SIM110  any() over a generator takes three times as long
+        if grad is not None and _is_batched(grad):
+            return True
+    return False
+
+
+def differentiable_gradients(
+    function: Callable[..., Sequence[Tensor | None]],
+    sources: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of those ``sources`` that need one, by way of the operators of ``function``.
+
+    Args:
+        function: takes the sources and returns as many outputs as there are ``grads``.
+        sources: tensors, or None.
+        needs: which of the sources need a gradient.
+        grads: of the outputs, None for zero.
+
+    Returns:
+        One entry per source; a differentiable graph where autograd is recording.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        fresh: list[Tensor | None] = []
+        for source, need in zip(sources, needs, strict=True):
+            if source is None:
+                fresh.append(None)
+            elif create_graph:
+                # One source may have been computed from another. What it passes on to that one is
+                # the business of whoever computed it: seen from here they are independent.
+                fresh.append(source.view_as(source))
+            else:
+                fresh.append(source.detach().requires_grad_(need))
+        pairs = [
+            (output, grad)
+            for output, grad in zip(function(*fresh), grads, strict=True)
+            if output is not None and grad is not None
+        ]
+        wanted = [t for t, need in zip(fresh, needs, strict=True) if need and t is not None]
+        if not pairs or not wanted:
+            return [None] * len(needs)
+        found = iter(
+            torch.autograd.grad(
+                [output for output, _ in pairs],
+                wanted,
+                [grad for _, grad in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        )
+    return [
+        next(found) if need and source is not None else None
+        for source, need in zip(sources, needs, strict=True)
+    ]
 
 
 def lacks_kernels(kernels: frozenset[str] = frozenset({"cpu"})) -> bool:

@@ -315,6 +315,16 @@ def attention(
         log-sum-exp of a row's scores, -Inf for a row that sees no key; the weights after dropout,
         ``(B, Hq, Sq, Skv)``, their mean over heads ``(B, Sq, Skv)``, or ``None``.
     """
+    device = query.device.type
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device):
+        # As torch's function: inputs in lower precision, and so the output.
+        lower = torch.get_autocast_dtype(device)
+        query, key, value = (
+            tensor.to(lower) if tensor.dtype is torch.float32 else tensor
+            for tensor in (query, key, value)
+        )
+        with torch.autocast(device, enabled=False):
+            return attention(query, key, value, terms, options, weights)
     dtype = query.dtype
     if dtype in (torch.bfloat16, torch.float16):
         query, key, value = query.float(), key.float(), value.float()

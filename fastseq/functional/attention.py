@@ -304,15 +304,15 @@ def attention_paged(
         )
     _checks.head_sizes(query, key_cache)
     batch, heads = query.shape[:2]
-    _checks.tensors(block_table=block_table)
-    capacity = key_cache.shape[2] * (block_table.shape[-1] if block_table.dim() == 2 else 0)
+    _checks.table_shape(block_table, batch)
+    capacity = key_cache.shape[2] * block_table.shape[1]
     lengths = _checks.lengths("key_lengths", key_lengths, batch, capacity)
     if lengths is None:
         raise TypeError("key_lengths must be a tensor or a sequence of integers, got None")
     options = _options(query, causal, bottom_right, window, softcap, 0.0, scale)
     terms = Terms(
         key_lengths=lengths,
-        block_table=_checks.block_table(block_table, lengths, key_cache, batch),
+        block_table=_checks.block_table(block_table, lengths, key_cache),
         alibi_slopes=_checks.slopes(alibi_slopes, batch, heads, query),
         sinks=_checks.sinks(sinks, heads, query),
     )
@@ -344,7 +344,7 @@ def _options(
 def default_scale(query: Tensor, scale: float | None) -> float:
     """``1 / sqrt(E)`` unless given."""
     if scale is not None:
-        return float(scale)
+        return _checks.number("scale", scale)
     size = query.shape[-1]
     return 1 / math.sqrt(size) if size else 1.0
 

@@ -27,6 +27,7 @@ def scaled_dot_product_attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
@@ -61,7 +62,8 @@ def scaled_dot_product_attention(
         result = _ops.plain_attention(query, key, value, is_causal, enable_gqa, scale)
         if result is not None:
             return result
-    reason = _sdpa_fallback_reason(query, key, value, attn_mask, dropout_p, scale)
+    numbers = (dropout_p, is_causal, scale, enable_gqa)
+    reason = _sdpa_fallback_reason(query, key, value, attn_mask, *numbers)
     if reason is not None:
         if reason:
             warn_fallback(reason)
@@ -94,7 +96,14 @@ def scaled_dot_product_attention(
 
 
 def _sdpa_fallback_reason(
-    query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: Any, scale: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    dropout_p: Any,
+    is_causal: Any,
+    scale: Any,
+    enable_gqa: Any,
 ) -> str | None:
     """Why torch's own function answers; "" where it raises or needs no warning."""
     given = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
@@ -109,6 +118,8 @@ def _sdpa_fallback_reason(
         ):
             return f"{type(tensor).__name__} overrides torch's functions"
     if not isinstance(dropout_p, (int, float)) or not isinstance(scale, (int, float, type(None))):
+        return ""
+    if not isinstance(is_causal, bool) or not isinstance(enable_gqa, bool):
         return ""
     return fallback_reason(query, has_cuda_kernels=True)
 
@@ -184,10 +195,8 @@ def _groups(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 def _lift_mask(mask: Tensor, leading: tuple[int, ...], query: Tensor, key: Tensor) -> Tensor:
     """``attn_mask`` broadcastable to the 4-D scores."""
     if mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        raise RuntimeError(
-            f"attn_mask must have dtype torch.bool, torch.float32 or {query.dtype}, "
-            f"got {mask.dtype}"
-        )
+        floats = " or ".join(dict.fromkeys((str(torch.float32), str(query.dtype))))
+        raise RuntimeError(f"attn_mask must have dtype torch.bool or {floats}, got {mask.dtype}")
     if mask.dim() < 2:
         raise IndexError(
             f"attn_mask must be at least 2-D, got {mask.dim()}-D: shape {tuple(mask.shape)}"

@@ -97,7 +97,9 @@ def generate(
     * any object with a method ``decode``, and ``encode`` and ``new_cache`` if it has these:
       :class:`fastseq.generation.Model` says what they take and return.
 
-    Runs without gradients and with the modules in eval mode, which is undone at the end. Every
+    Runs without gradients and with the modules in eval mode, which is undone at the end: those of
+    the model, and those that ``embed``, ``project`` and ``source_embed`` are, are methods of, or as
+    plain functions refer to by name. Every
     sequence of a batch stops for itself; a batch stops with its last one.
 
     Args:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -92,9 +93,8 @@ def as_model(
 
 @contextmanager
 def evaluating(*parts: Any) -> Iterator[None]:
-    """The modules among ``parts``, and those whose methods they are, in eval mode for a while."""
-    owners = [getattr(part, "__self__", part) for part in parts]
-    modules = [owner for owner in owners if isinstance(owner, torch.nn.Module)]
+    """The modules among ``parts``, and those that functions among them use, in eval mode."""
+    modules = [module for part in parts for module in _modules_of(part)]
     training = [module for owner in modules for module in owner.modules() if module.training]
     try:
         for module in modules:
@@ -104,6 +104,17 @@ def evaluating(*parts: Any) -> Iterator[None]:
         # Each by itself: a frozen part of a model may have been in eval mode before.
         for module in training:
             module.training = True
+
+
+def _modules_of(part: Any) -> list[torch.nn.Module]:
+    """A module itself, that whose method it is, or those that a function refers to by name."""
+    owner = getattr(part, "__self__", part)
+    found = [owner]
+    if inspect.isfunction(part):
+        with suppress(ValueError):  # a name that has no value yet
+            names = inspect.getclosurevars(part)
+            found = [*names.nonlocals.values(), *names.globals.values()]
+    return [value for value in found if isinstance(value, torch.nn.Module)]
 
 
 class _Stack:

@@ -126,7 +126,10 @@ def choose(
         return logits.argmax(-1)
     scaled = widened(logits)
     if strategy.temperature != 1:
-        scaled = scaled / strategy.temperature
+        # The largest first: divided by a temperature near 0 it would overflow.
+        largest = scaled.amax(-1, keepdim=True)
+        least = torch.finfo(scaled.dtype).tiny
+        scaled = (scaled - largest) / max(strategy.temperature, least)
     if strategy.top_k is None and strategy.top_p is None:
         return torch.multinomial(torch.softmax(scaled, -1), 1, generator=generator).squeeze(-1)
 

@@ -101,8 +101,7 @@ def check_call(
     """Ranks, sizes and dtypes of a call; ``held`` keys more come from a cache."""
     batched = _check_ranks(query, key, value, key_padding_mask, attn_mask)
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
-        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-            raise AssertionError(f"{name} must be bool or floating, got {mask.dtype}")
+        check_mask_dtype(name, mask)
     if is_causal and attn_mask is None:
         raise RuntimeError(
             "attn_mask must be given with is_causal=True, which is a hint that it is the causal "
@@ -204,12 +203,19 @@ def _check_ranks(
         ("key_padding_mask", key_padding_mask, (rank - 1,)),
         ("attn_mask", attn_mask, (2, 3)),
     ):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor or None, got {type(tensor).__name__}")
         if tensor is not None and tensor.dim() not in ranks:
             raise AssertionError(
                 f"{name} must be {' or '.join(f'{one}-D' for one in ranks)} for {rank}-D query, "
                 f"got {tensor.dim()}-D: shape {tuple(tensor.shape)}"
             )
     return rank == 3
+
+
+def check_mask_dtype(name: str, mask: Tensor | None) -> None:
+    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        raise AssertionError(f"{name} must be bool or floating, got {mask.dtype}")
 
 
 def check_attention_mask(attn_mask: Tensor, sizes: Sizes, num_heads: int) -> None:

@@ -15,12 +15,17 @@ from fastseq.nn import _attention_arguments as arguments
 from fastseq.nn import _transformer_parts as parts
 from fastseq.nn.attention import MultiheadAttention
 from fastseq.nn.decoder_cache import DecoderCache, DecoderLayerCache
-from fastseq.nn.norm import LayerNorm
 
 if TYPE_CHECKING:
     from fastseq.nn.transformer_decoder import TransformerDecoderLayer
 
-__all__ = ["check_stack", "run", "run_parts"]
+__all__ = ["check_stack", "check_type", "run", "run_parts"]
+
+
+def check_type(cache: object, expected: type) -> None:
+    """The cache is one of a layer, or of a stack."""
+    if not isinstance(cache, expected):
+        raise TypeError(f"cache must be a {expected.__name__}, got {type(cache).__name__}")
 
 
 def check_stack(layers: nn.ModuleList, cache: DecoderCache) -> None:
@@ -133,6 +138,8 @@ def _memory_plan(
     steps_at = 1 if batched and attention.batch_first else 0
     sizes = arguments.Sizes(batched, batch, query.size(steps_at), held)
     expected = (batch, held) if batched else (held,)
+    arguments.check_mask_dtype("memory_key_padding_mask", padding)
+    arguments.check_mask_dtype("memory_mask", mask)
     if padding is not None and padding.shape != expected:
         raise AssertionError(
             f"memory_key_padding_mask must have shape {expected}, got {tuple(padding.shape)}"
@@ -157,6 +164,8 @@ def _is_plain(layer: TransformerDecoderLayer, tgt: Tensor) -> bool:
             if part.add_zero_attn or "rope" in part._modules:
                 return False
             if cast(MultiheadAttention, part).num_kv_heads is not None:
+                return False
+            if part.num_heads != layer.self_attn.num_heads:
                 return False
     return True
 
@@ -238,9 +247,9 @@ def _one_position(
         if norm is None:
             norms.append((None, None, 0.0))
             continue
-        if not _is_plain_norm(norm):
-            return None
         options = norm._parameters
+        if not parts.is_plain_norm(norm) or len(options) != 2 or options["weight"] is None:
+            return None
         norms.append((options["weight"], options["bias"], norm.eps))
     output = _ops.plain_decoder_step(
         x,
@@ -274,26 +283,13 @@ def _projections(attention: Any) -> tuple[Tensor | None, ...]:
     return options["in_proj_weight"], options["in_proj_bias"], *out
 
 
-def _is_plain_norm(module: nn.Module) -> bool:
-    return (
-        type(module) is LayerNorm
-        and not parts.is_hooked(module)
-        and "forward" not in module.__dict__
-        and len(module._parameters) == 2
-        and module._parameters["weight"] is not None
-    )
-
-
 def _norm(module: nn.Module, input: Tensor) -> Tensor:
     """``module(input)``."""
-    if type(module) is not LayerNorm or parts.is_hooked(module) or "forward" in module.__dict__:
-        return module(input)
     weights: dict[str, Any] = module._parameters
-    if len(weights) < 2:
+    if len(weights) < 2 or not parts.is_plain_norm(module):
         return module(input)
-    return layer_norm(
-        input, module.normalized_shape, weights["weight"], weights["bias"], module.eps
-    )
+    norm = cast(nn.LayerNorm, module)
+    return layer_norm(input, norm.normalized_shape, weights["weight"], weights["bias"], norm.eps)
 
 
 def _attend(

@@ -151,6 +151,11 @@ class ProjectedAttention(torch.nn.MultiheadAttention):
         if self.bias_k is not None or self.add_zero_attn:
             masks = dataclasses.replace(masks)
             k, v, sinks = self._append_keys(k, v, masks, need_weights)
+        attention_dropout = self.dropout if self.training else 0.0
+        if need_weights and attention_dropout > 1:
+            raise ValueError(
+                f"dropout must be a probability between 0 and 1, got {attention_dropout}"
+            )
         result = functional.attention(
             q,
             k,
@@ -161,7 +166,7 @@ class ProjectedAttention(torch.nn.MultiheadAttention):
             bias=masks.bias,
             key_padding_mask=masks.key_padding_mask,
             sinks=sinks,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=max(attention_dropout, 0.0),
             return_weights=need_weights,
             average_weights=average_attn_weights,
         )

@@ -23,6 +23,7 @@ __all__ = [
     "fits_plan",
     "fused_activation",
     "is_hooked",
+    "is_plain_norm",
     "is_whole",
     "scriptable_twin",
 ]
@@ -88,7 +89,18 @@ def is_whole(layer: nn.Module, attentions: Sequence[str], dropouts: Sequence[str
         part = parts.get(name)
         if part is None or type(part) not in _DROPOUT or is_hooked(part):
             return False
+        if "forward" in part.__dict__:
+            return False
     return True
+
+
+def is_plain_norm(module: nn.Module) -> bool:
+    """Whether all that a call of ``module`` does is a layer norm."""
+    return (
+        type(module) in (LayerNorm, nn.LayerNorm)
+        and not is_hooked(module)
+        and "forward" not in module.__dict__
+    )
 
 
 def fits_plan(attention: Any, other: Any) -> bool:

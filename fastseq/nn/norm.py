@@ -59,18 +59,18 @@ class RMSNorm(torch.nn.RMSNorm):
         device, dtype: of the parameters.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``input`` ``(..., *normalized_shape)``; returns a dense tensor of the same shape.
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` ``(..., *normalized_shape)``; returns a dense tensor of the same shape.
 
         Raises:
             RuntimeError: shapes or devices do not fit together.
-            ValueError: ``input`` has fewer dimensions than ``normalized_shape``.
+            ValueError: ``x`` has fewer dimensions than ``normalized_shape``.
         """
         try:
             weight = self._parameters["weight"]
         except KeyError:
             weight = self.weight
-        return functional.rms_norm(input, self.normalized_shape, weight, self.eps)
+        return functional.rms_norm(x, self.normalized_shape, weight, self.eps)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """torch.jit.script compiles source, not kernels: give it torch's norm, same parameters."""

@@ -128,6 +128,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             ValueError: ``memory`` is missing, or given to a layer without cross-attention, or
                 ``cache`` does not fit the call.
         """
+        if cache is not None:
+            decoding.check_type(cache, DecoderLayerCache)
         self._check_memory(memory, cache)
         masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         hints = (tgt_is_causal, memory_is_causal)
@@ -157,6 +159,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             kind._sa_block is base._sa_block
             and kind._mha_block is base._mha_block
             and kind._ff_block is base._ff_block
+            and not any(name in self.__dict__ for name in ("_sa_block", "_mha_block", "_ff_block"))
             and parts.is_whole(
                 self, attentions, dropouts if crosses else ("dropout", "dropout1", "dropout3")
             )
@@ -308,6 +311,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         output = tgt
         if cache is not None:
+            decoding.check_type(cache, DecoderCache)
             decoding.check_stack(self.layers, cache)
             hints = (False, memory_is_causal)
             for layer, entry in zip(self.layers, cache, strict=True):

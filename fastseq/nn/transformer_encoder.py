@@ -122,7 +122,18 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return (
             kind._sa_block is nn.TransformerEncoderLayer._sa_block
             and kind._ff_block is nn.TransformerEncoderLayer._ff_block
+            and "_sa_block" not in self.__dict__
+            and "_ff_block" not in self.__dict__
             and parts.is_whole(self, ("self_attn",), _DROPOUTS)
+        )
+
+    def _packs(self) -> bool:
+        """Whether nothing of the layer can tell rows ``(N, E)`` from a padded batch."""
+        return (
+            parts.fused_activation(self.activation) is not None
+            and parts.is_plain_norm(self.norm1)
+            and parts.is_plain_norm(self.norm2)
+            and cast(MultiheadAttention, self.self_attn)._packs()
         )
 
     def _run(self, x: Tensor, plan: arguments.Plan, packing: parts.Packing | None = None) -> Tensor:
@@ -185,7 +196,9 @@ class TransformerEncoder(nn.TransformerEncoder):
     left out of all layers, and the result at these positions is that of zeros through ``norm``, as
     it is where torch takes its nested tensors. torch does so under more conditions
     (``batch_first``, no ``norm_first``, no causal mask, padding at the end); here padding may lie
-    anywhere. ``enable_nested_tensor=False`` turns it off. In training every position has a result.
+    anywhere. Layers with an activation that is not fused, and those whose norms were replaced or
+    have hooks, get the whole batch. ``enable_nested_tensor=False`` turns it off. In training every
+    position has a result.
 
     Args:
         encoder_layer: copied ``num_layers`` times; any module with the arguments of
@@ -273,7 +286,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             src.requires_grad or any(one.requires_grad for one in self.layers.parameters())
         ):
             return None
-        if any(not layer.self_attn._packs() for layer in self.layers):
+        if any(not cast(TransformerEncoderLayer, layer)._packs() for layer in self.layers):
             return None
         valid = hidden.logical_not()
         sequence, step = valid.nonzero(as_tuple=True)

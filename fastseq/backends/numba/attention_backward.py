@@ -391,7 +391,9 @@ def _run_panel(
     if numbers[CAP] != 0:
         for k in range(count):
             for lane in range(PANEL):
-                block.grad_scores[k, lane] *= block.cap_slope[k, lane]
+                # The slope at a hidden score may be NaN.
+                if block.grad_scores[k, lane] != 0:
+                    block.grad_scores[k, lane] *= block.cap_slope[k, lane]
     if integers[GRAD_QUERY]:
         weighted_product(
             kind,
