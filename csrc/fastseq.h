@@ -95,7 +95,6 @@ struct fastseq_rnn_weight_gradients {
 struct fastseq_rnn_backward {
   struct fastseq_rnn_shape shape;
   struct fastseq_sequence x;       // as in forward
-  struct fastseq_sequence y;       // forward's output
   struct fastseq_sequence grad_y;  // [T, B, D*R], data may be NULL: zero
   struct fastseq_sequence grad_x;  // [T, B, I], data NULL: not asked for
   const void* initial_hidden;      // as in forward

@@ -19,11 +19,11 @@ __all__ = [
 
 # Goes up whenever the size of what forward keeps for backward changes: it is an argument of the op
 # because compilers keep graphs on disk with such sizes in them.
-RESERVE_LAYOUT = 1
+RESERVE_LAYOUT = 2
 # The same for the backend "numba"; negative, so that the two can be told apart.
 NUMBA_RESERVE_LAYOUT = -1
 # And for cells that users define, by which a backward knows what its forward ran on.
-COMPILED_CELL_LAYOUT = 1
+COMPILED_CELL_LAYOUT = 2
 NUMBA_CELL_LAYOUT = -1
 
 

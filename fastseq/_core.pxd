@@ -51,7 +51,6 @@ cdef extern from "fastseq.h" nogil:
     struct fastseq_rnn_backward:
         fastseq_rnn_shape shape
         fastseq_sequence x
-        fastseq_sequence y
         fastseq_sequence grad_y
         fastseq_sequence grad_x
         const void* initial_hidden

@@ -77,8 +77,6 @@ def rnn_backward(
     sizes: tuple[int, int, int, int, int, int],
     x: Tensor,
     x_strides: tuple[int, int],
-    y: Tensor,
-    y_strides: tuple[int, int],
     grad_y: Tensor | None,
     grad_y_strides: tuple[int, int],
     grad_x: Tensor | None,

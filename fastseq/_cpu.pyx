@@ -138,7 +138,11 @@ def unary(int function, int dtype, input, output):
 cdef inline void* address(object tensor) except? NULL:
     if tensor is None:
         return NULL
-    return <void*><uintptr_t>tensor.data_ptr()
+    cdef void* data = <void*><uintptr_t>tensor.data_ptr()
+    # A wrapper around other tensors, say: to a kernel NULL is an argument that was not given.
+    if data == NULL and tensor.numel():
+        raise RuntimeError(f"expected a tensor with memory of its own, got {type(tensor).__name__}")
+    return data
 
 
 cdef inline void set_matrix(fastseq_matrix* matrix, object tensor) except *:
@@ -207,8 +211,8 @@ def rnn_forward(int cell, int dtype, int threads, tuple sizes, x, tuple x_stride
         raise MemoryError("rnn_forward: no memory for the kernel's workspace")
 
 
-def rnn_backward(int cell, int dtype, int threads, tuple sizes, x, tuple x_strides, y, tuple y_strides, grad_y,
-                 tuple grad_y_strides, grad_x, tuple grad_x_strides, h0, c0, grad_h_n, grad_c_n, grad_h0, grad_c0,
+def rnn_backward(int cell, int dtype, int threads, tuple sizes, x, tuple x_strides, grad_y, tuple grad_y_strides,
+                 grad_x, tuple grad_x_strides, h0, c0, grad_h_n, grad_c_n, grad_h0, grad_c0,
                  weights, grad_weights, bint biases, reserve, batch_sizes, row_order, bint packed):
     """One layer backward. Gradients that are None are not computed (outputs) or count as zero (inputs)."""
     cdef fastseq_rnn_backward call
@@ -216,7 +220,6 @@ def rnn_backward(int cell, int dtype, int threads, tuple sizes, x, tuple x_strid
     cdef int status, d
     set_shape(&call.shape, sizes, batch_sizes, row_order, packed, threads)
     set_sequence(&call.x, x, x_strides)
-    set_sequence(&call.y, y, y_strides)
     set_sequence(&call.grad_y, grad_y, grad_y_strides)
     set_sequence(&call.grad_x, grad_x, grad_x_strides)
     call.initial_hidden = address(h0)

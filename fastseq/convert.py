@@ -19,6 +19,7 @@ from torch import nn as torch_nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastseq import nn as fast_nn
+from fastseq._ops.shared import overrides_dispatch
 from fastseq.backends import FUSED_DTYPES
 
 __all__ = ["Report", "Row", "convert", "revert"]
@@ -350,6 +351,9 @@ def _weight_obstacle(module: torch_nn.Module) -> str:
     dtypes = {parameter.dtype for parameter in parameters}
     if devices - {"cpu"}:  # norms may have no parameters at all
         return f"no fused kernels for device {', '.join(sorted(devices))}"
+    for parameter in parameters:
+        if overrides_dispatch(parameter):
+            return f"no fused kernels for parameters of type {type(parameter).__name__}"
     layouts = {parameter.layout for parameter in parameters}
     if layouts - {torch.strided}:
         return f"no fused kernels for layout {', '.join(sorted(map(str, layouts)))}"

@@ -213,7 +213,7 @@ def test_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.library.opcheck(
         torch.ops.fastseq.cell_backward.default,
         (torch.randn_like(output), [torch.randn_like(s) for s in final], x, states, weights,
-         None, output, reserve, *rows, *options, needs, COMPILED_CELL_LAYOUT),
+         None, reserve, *rows, *options, needs, COMPILED_CELL_LAYOUT),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 

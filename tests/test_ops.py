@@ -119,7 +119,6 @@ def test_opcheck_rnn_backward(case: Case) -> None:
                 hx,
                 cx,
                 weights,
-                output,
                 reserve,
                 batch_sizes,
                 lengths,
@@ -203,12 +202,83 @@ def test_in_place_change_of_a_saved_tensor_is_an_error(layer: Any) -> None:
     for spoil in (
         lambda output: x.add_(1),
         lambda output: layer.weight_ih_l0.detach().add_(1),
-        lambda output: output.detach().mul_(2),
     ):
         output, _ = layer(x)
         spoil(output)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             output.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("proj_size", [0, 4])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_outputs_may_be_changed_in_place(name: str, proj_size: int, compiled: bool) -> None:
+    """``nn.ReLU(inplace=True)`` or ``output += x`` behind a layer, as behind torch's."""
+    if proj_size and name != "LSTM":
+        pytest.skip("only an LSTM has projections")
+    torch.manual_seed(0)
+    options = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64}
+    if proj_size:
+        options["proj_size"] = proj_size
+    theirs = getattr(torch.nn, name)(3, 5, **options)
+    ours = getattr(fast_nn, name)(3, 5, **options)
+    ours.load_state_dict(theirs.state_dict())
+    packed = torch.nn.utils.rnn.pack_padded_sequence(
+        torch.randn(4, 3, 3, dtype=torch.float64), [4, 2, 1]
+    )
+    results = []
+    for layer in (theirs, ours):
+
+        def loss(x: Any, layer: Any = layer) -> torch.Tensor:
+            values = layer(x)[0]
+            if isinstance(values, torch.nn.utils.rnn.PackedSequence):
+                values = values.data
+            values *= 3
+            values.relu_()
+            return values.square().sum()
+
+        run = torch.compile(loss, backend="aot_eager") if compiled and layer is ours else loss
+        found = []
+        for x in (packed, torch.randn(4, 3, 3, dtype=torch.float64).fill_(0.5)):
+            layer.zero_grad()
+            run(x).backward()
+            found += [parameter.grad.clone() for parameter in layer.parameters()]
+        results.append(found)
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+def test_transforms_inside_compiled_code(layer: Any) -> None:
+    x = torch.randn(4, 3, 3, dtype=torch.float64)
+
+    def gradient(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.grad(lambda x: layer(x)[0].square().sum())(x)
+
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(gradient, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), gradient(x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+def test_compile_packed_with_states(name: str, enforce_sorted: bool) -> None:
+    lengths = [4, 2, 1] if enforce_sorted else [2, 4, 1]
+    packed = torch.nn.utils.rnn.pack_padded_sequence(
+        torch.randn(4, 3, 3), lengths, enforce_sorted=enforce_sorted
+    )
+    module = getattr(fast_nn, name)(3, 5)
+
+    def states(batch: int) -> Any:
+        state = torch.randn(1, batch, 5)
+        return (state, state) if name == "LSTM" else state
+
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(module, fullgraph=True, backend="aot_eager")
+    given = states(3)
+    assert torch.equal(compiled(packed, given)[0].data, module(packed, given)[0].data)
+    with pytest.raises(RuntimeError):
+        compiled(packed, states(2))
+    torch._dynamo.reset()
 
 
 def test_backward_twice(layer: Any) -> None:

@@ -90,7 +90,7 @@ int backward(const fastseq_rnn_backward* call) {
 }
 
 size_t reserve_bytes(int64_t rows, int64_t hidden_size, int64_t projection_size, int64_t directions) {
-  return (size_t)(directions * Reserve<Element, UserCell>::direction_size(rows, hidden_size, projection_size > 0)) *
+  return (size_t)(directions * Reserve<Element, UserCell>::direction_size(rows, hidden_size, projection_size)) *
          sizeof(Element);
 }
 

@@ -40,7 +40,7 @@ namespace {
 
 template <class T, class Cell>
 size_t rnn_reserve_bytes(int64_t rows, int64_t hidden_size, int64_t projection_size, int64_t directions) {
-  return (size_t)(directions * Reserve<T, Cell>::direction_size(rows, hidden_size, projection_size > 0)) * sizeof(T);
+  return (size_t)(directions * Reserve<T, Cell>::direction_size(rows, hidden_size, projection_size)) * sizeof(T);
 }
 
 }  // namespace

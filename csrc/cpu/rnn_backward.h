@@ -120,7 +120,7 @@ struct RnnBackward {
     const StepTable& table;
     BackwardBuffers<T>& b;
     const fastseq_rnn_weights& weights;
-    Sequence<T> x, y, grad_y, grad_x;
+    Sequence<T> x, grad_y, grad_x;
     Reserve<T, Cell> reserve;
     int64_t index;
     Walkway forward, walk;  // the order of forward, and against it
@@ -135,7 +135,6 @@ struct RnnBackward {
           b(layer.buffers[d]),
           weights(layer.call.weights[d]),
           x(layer.call.x, layer.table),
-          y(layer.call.y, layer.table),
           grad_y(layer.call.grad_y, layer.table),
           grad_x(layer.call.grad_x, layer.table),
           reserve((T*)layer.call.reserve, layer.sizes, d),
@@ -160,7 +159,6 @@ struct RnnBackward {
                     layer.input_padded,
                     d == 1 && !b.grad_x_rows,
                     layer.is_split} {
-      y.data += d * sizes.output;
       if (grad_y.data) grad_y.data += d * sizes.output;
     }
 
@@ -278,7 +276,7 @@ struct RnnBackward {
 
     FS_INLINE const T* h_before(int64_t t, int64_t row) const {
       int64_t previous = step_before(t);
-      if (row < table.alive(previous)) return y.at(previous, row);
+      if (row < table.alive(previous)) return reserve.output + (table.first_row[previous] + row) * sizes.output_padded;
       return layer.call.initial_hidden ? state_row(layer.call.initial_hidden, row, sizes.output) : nullptr;
     }
     FS_INLINE const T* cell_before(int64_t t, int64_t row) const {

@@ -100,7 +100,7 @@ struct RnnForward {
     table.fill();
     if (call.reserve)
       fastseq_prefer_huge_pages(call.reserve, (size_t)(sizes.directions * Reserve<T, Cell>::direction_size(
-                                                                              sizes.rows, sizes.hidden, sizes.has_projection)) *
+                                                                              sizes.rows, sizes.hidden, sizes.projection)) *
                                                   sizeof(T));
     auto body = [this](int rank, int size) {
       TileMode mode(is_split);
@@ -369,6 +369,7 @@ struct RnnForward {
       T* cell;                // c, updated in place
       T* saved_cell;          // reserve, or NULL
       T* saved_hidden;        // reserve, with a projection, or NULL
+      T* saved_output;        // reserve, without one, or NULL
       T* final_cell;          // user's, NULL before the row's last step
       T* final_hidden;        // likewise; both NULL-checked once per vector
       const T* before;        // h_{t-1}
@@ -468,6 +469,7 @@ struct RnnForward {
           at.after = after.at(row, unit);
         }
         at.y = y.at(t, row) + unit;
+        if (saves) at.saved_output = reserve.output + packed_row * sizes.output_padded + unit;
         if (ends) at.final_hidden = state_row(layer.call.final_hidden, row, sizes.output) + unit;
       }
       return at;
@@ -517,6 +519,7 @@ struct RnnForward {
       if constexpr (has_split_products<T>)
         if (at.after_split) b.split.store_hidden(at.after_split + v, h);
       if (at.saved_hidden) store(at.saved_hidden + v, h);
+      if (at.saved_output) store(at.saved_output + v, h);
       if (at.y) put(at.y + v, h);
       if (at.final_hidden) put(at.final_hidden + v, h);
     }
@@ -524,6 +527,7 @@ struct RnnForward {
     FS_INLINE void emit(V h, int64_t column, int64_t count, int64_t t, int64_t row, bool ends, BlockedRows<T> after) {
       store(after.at(row, column), h);
       store_partial(y.at(t, row) + column, h, count);
+      if (saves) store(reserve.output + (table.first_row[t] + row) * sizes.output_padded + column, h);
       if (ends) store_partial(state_row(layer.call.final_hidden, row, sizes.output) + column, h, count);
     }
 

@@ -18,7 +18,7 @@ inline constexpr bool clears_pads = false;
 template <class T, class Cell>
 struct LayerSizes {
   int64_t steps, batch, input, hidden, projection, directions, output, rows;
-  int64_t hidden_padded;  // hidden rounded up to padded_multiple
+  int64_t hidden_padded, output_padded;  // rounded up to padded_multiple
   bool has_projection;
   static constexpr int64_t slots = Cell::slots;
 
@@ -32,6 +32,7 @@ struct LayerSizes {
         output(shape.projection_size ? shape.projection_size : shape.hidden_size),
         hidden_padded(round_up(shape.hidden_size, padded_multiple)),
         has_projection(shape.projection_size > 0) {
+    output_padded = round_up(output, padded_multiple);
     rows = 0;
     for (int64_t t = 0; t < steps; ++t) rows += shape.batch_sizes ? shape.batch_sizes[t] : batch;
   }
@@ -71,22 +72,26 @@ FS_INLINE void profile_sizes(const fastseq_rnn_shape& shape) {
   profile_size("rows", rows);
 }
 
-// The reserve, per direction: activated slots, cell states, and (with a projection) the unprojected outputs.
+// The reserve, per direction: activated slots, cell states, (with a projection) the unprojected outputs, and the outputs: what the
+// caller was given may have been changed in place by the time of backward.
 template <class T, class Cell>
 struct Reserve {
   T* slots;   // [rows][slots][hidden_padded], rows slot_stride() apart
   T* cells;   // [rows][hidden_padded], cells with a cell state
   T* hidden;  // [rows][hidden_padded], only with a projection
+  T* output;  // [rows][output_padded]
 
-  static int64_t direction_size(int64_t rows, int64_t hidden, bool has_projection) {
+  static int64_t direction_size(int64_t rows, int64_t hidden, int64_t projection) {
     int64_t padded = round_up(hidden, padded_multiple);
-    return rows * (LayerSizes<T, Cell>::slot_row(padded) + ((Cell::has_cell ? 1 : 0) + (has_projection ? 1 : 0)) * padded);
+    return rows * (LayerSizes<T, Cell>::slot_row(padded) + ((Cell::has_cell ? 1 : 0) + (projection ? 1 : 0)) * padded +
+                   round_up(projection ? projection : hidden, padded_multiple));
   }
   Reserve(T* base, const LayerSizes<T, Cell>& sizes, int64_t direction) {
-    base += direction * direction_size(sizes.rows, sizes.hidden, sizes.has_projection);
+    base += direction * direction_size(sizes.rows, sizes.hidden, sizes.projection);
     slots = base;
     cells = slots + sizes.rows * sizes.slot_stride();
     hidden = cells + (Cell::has_cell ? sizes.rows * sizes.hidden_padded : 0);
+    output = hidden + (sizes.has_projection ? sizes.rows * sizes.hidden_padded : 0);
   }
 };
 

@@ -28,9 +28,16 @@ def pair(hx: Any, for_cell: bool = False) -> tuple[Tensor, Tensor]:
     """``hx`` of an LSTM as ``(h, c)``."""
     if type(hx) is tuple and len(hx) == 2 and hx[0] is not None and hx[1] is not None:
         return hx
-    if isinstance(hx, Tensor) and (for_cell or len(hx) > 1):
+    if isinstance(hx, Tensor) and for_cell:
         raise TypeError("hx must be a pair of tensors (h, c), got one tensor")
     count = len(hx)
+    if isinstance(hx, Tensor) and count > 1:
+        # torch.nn.LSTM takes a pair of unbatched states in one tensor, and stumbles over others.
+        if count == 2 and hx.dim() == 3:
+            return hx[0], hx[1]
+        raise RuntimeError(
+            f"hx must be a pair of tensors (h, c), got one tensor of shape {tuple(hx.shape)}"
+        )
     if count != 2:
         # torch.nn.LSTM looks for c at index 1 before it counts, LSTMCell counts at once.
         kind = IndexError if count < 2 and not for_cell else RuntimeError
@@ -168,7 +175,16 @@ def layers(
         )
     if hx is not None or cx is not None:
         if batch is None:
-            batch = int(batch_sizes[0])  # type: ignore[index]
+            assert batch_sizes is not None
+            if torch.compiler.is_compiling():
+                # The value is unknown while a graph is recorded; the graph checks it when it runs.
+                given = hx if hx is not None else cx
+                batch = given.size(1) if given is not None and given.dim() == 3 else -1
+                torch._assert_async(
+                    batch_sizes[0] == batch, "hx must have a row for each sequence of the batch"
+                )
+            else:
+                batch = int(batch_sizes[0])
         rows = num_layers * directions
         if hx is not None and hx.shape != (rows, batch, recurrent):
             _raise_state_shape("hx", hx, (rows, batch, recurrent))

@@ -18,16 +18,18 @@ from fastseq._attention import (
     empty_heads,
 )
 from fastseq._ops.shared import (
-    PLAIN_TYPES,
     differentiable_gradients,
     has_lazy_negation,
     is_observed,
+    is_traced,
     is_watched,
     lacks_kernels,
     library,
     needs_differentiable_gradient,
     needs_gradient,
     or_empty,
+    overrides_dispatch,
+    runs_directly,
     wants_composite,
 )
 from fastseq.backends import reference_attention
@@ -397,8 +399,9 @@ def attention(
     """
     assert weights in (WEIGHTS_NONE, WEIGHTS_PER_HEAD, WEIGHTS_MEAN)
     differentiable = (query, key, value, terms.bias, terms.sinks)
-    plain = type(query) in PLAIN_TYPES and not is_watched()
-    if plain and not has_lazy_negation(*differentiable, terms.alibi_slopes):
+    if overrides_dispatch(*differentiable, terms.alibi_slopes) and not is_traced():
+        return reference_attention.attention(query, key, value, terms, options, weights)
+    if runs_directly(*differentiable, terms.alibi_slopes):
         if wants_composite(_WITH_KERNELS):
             return reference_attention.attention(query, key, value, terms, options, weights)
         if needs_gradient(differentiable):

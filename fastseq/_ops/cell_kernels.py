@@ -130,7 +130,6 @@ def run_backward(
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
     masks: Tensor | None,
-    output: Tensor | None,
     reserve: Tensor,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
@@ -138,12 +137,12 @@ def run_backward(
     needs: Sequence[bool],
     reserve_layout: int,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """Gradients of input, states and weights; ``output`` is forward's, where that was C++."""
+    """Gradients of input, states and weights."""
     rows, plan = (batch_sizes, lengths), plan_of(options)
     given = (grad_output, grad_final, input, states, weights, masks)
-    if reserve_layout > 0:
-        return _compiled().backward(plan, *given, output, reserve, *options[3:], *rows, needs)
     arguments = (*given, reserve, *options[3:], *rows, needs)
+    if reserve_layout > 0:
+        return _compiled().backward(plan, *arguments)
     if _recorder.active is None:
         return _numba().backward(plan, *arguments)
     asked = {"needs_x": int(needs[0]), "needs_w": int(any(needs[1 + len(states) :]))}

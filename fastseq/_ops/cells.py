@@ -18,14 +18,16 @@ from fastseq._ops.cell_kernels import (
     runs_compiled,
 )
 from fastseq._ops.shared import (
-    PLAIN_TYPES,
     differentiable_gradients,
     has_lazy_negation,
+    is_traced,
     is_watched,
     library,
     needs_differentiable_gradient,
     needs_gradient,
     or_empty,
+    overrides_dispatch,
+    runs_directly,
     wants_composite,
 )
 from fastseq.backends.reference_cells import cell_layer as composite
@@ -45,7 +47,7 @@ library.define(
 )
 library.define(
     "cell_backward(Tensor? grad_output, Tensor?[] grad_final, Tensor input, Tensor[] states, "
-    "Tensor[] weights, Tensor? masks, Tensor? output, Tensor reserve, "
+    "Tensor[] weights, Tensor? masks, Tensor reserve, "
     "Tensor? batch_sizes, Tensor? lengths, "
     "str cell, bool recurrent_dropout, bool zoneout, bool has_biases, bool bidirectional, "
     "bool batch_first, bool[] needs, int reserve_layout) "
@@ -89,7 +91,6 @@ def _cell_backward(
     states: list[Tensor],
     weights: list[Tensor],
     masks: Tensor | None,
-    output: Tensor | None,
     reserve: Tensor,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
@@ -110,7 +111,6 @@ def _cell_backward(
         states,
         weights,
         masks,
-        output,
         reserve,
         batch_sizes,
         lengths,
@@ -178,7 +178,6 @@ def _cell_backward_fake(
     states: list[Tensor],
     weights: list[Tensor],
     masks: Tensor | None,
-    output: Tensor | None,
     reserve: Tensor,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
@@ -251,7 +250,7 @@ def _gradients(
     watched: bool,
 ) -> list[Tensor | None]:
     """Of input, states and weights, by whichever way this backward has to go."""
-    input, masks, batch_sizes, lengths, output, reserve, *rest = saved
+    input, masks, batch_sizes, lengths, reserve, *rest = saved
     states, weights = rest[: ctx.state_count], rest[ctx.state_count :]
     if needs_differentiable_gradient(grad_output, *grad_final):
         return _differentiable_backward(
@@ -273,7 +272,6 @@ def _gradients(
         list(states),
         list(weights),
         masks,
-        output,
         reserve,
         batch_sizes,
         lengths,
@@ -288,8 +286,7 @@ def _gradients(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     input, states, weights, masks, batch_sizes, lengths, *options, _, reserve_layout = inputs
-    kept = output[0] if reserve_layout > 0 else None
-    ctx.save_for_backward(input, masks, batch_sizes, lengths, kept, output[2], *states, *weights)
+    ctx.save_for_backward(input, masks, batch_sizes, lengths, output[2], *states, *weights)
     ctx.options, ctx.state_count = tuple(options), len(states)
     ctx.reserve_layout = reserve_layout
     ctx.mark_non_differentiable(output[2])
@@ -303,7 +300,7 @@ def _backward(
     _grad_reserve: Tensor | None,
 ) -> tuple[Any, ...]:
     needs_input, needs_states, needs_weights, *_ = ctx.needs_input_grad
-    counts = ctx.state_count, len(ctx.saved_tensors) - 6 - ctx.state_count
+    counts = ctx.state_count, len(ctx.saved_tensors) - 5 - ctx.state_count
     needs = [needs_input]
     for needed, count in zip((needs_states, needs_weights), counts, strict=True):
         needs += [needed] * count if isinstance(needed, bool) else list(needed)
@@ -336,8 +333,7 @@ class _CellLayer(torch.autograd.Function):
         output, final, reserve = run_forward(
             input, states, weights, masks, batch_sizes, lengths, options, True, reserve_layout
         )
-        kept = output if reserve_layout > 0 else None
-        ctx.save_for_backward(input, masks, batch_sizes, lengths, kept, reserve, *rest)
+        ctx.save_for_backward(input, masks, batch_sizes, lengths, reserve, *rest)
         ctx.options, ctx.state_count, ctx.reserve_layout = options, state_count, reserve_layout
         ctx.set_materialize_grads(False)
         return output, *final
@@ -369,15 +365,15 @@ def cell_layer(
     the cell by its key, and whether its formulas have the masks of recurrent dropout and zoneout.
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling and wants_composite(_WITH_KERNELS):
+    own_way = not is_traced() and overrides_dispatch(input, *states, *weights)
+    if own_way or (not compiling and wants_composite(_WITH_KERNELS)):
         return composite(
             plan_of(options), input, states, weights, masks, *options[3:], batch_sizes, lengths
         )
     save = needs_gradient((input, *states, *weights))
     compiled = runs_compiled(options[0], options[1], options[2], input.dtype)
     layout = COMPILED_CELL_LAYOUT if compiled else NUMBA_CELL_LAYOUT
-    plain = type(input) in PLAIN_TYPES and not is_watched()
-    if plain and not has_lazy_negation(input, *states):
+    if runs_directly(input, *states, *weights):
         if save:
             output, *final = _CellLayer.apply(
                 input, masks, batch_sizes, lengths, options, len(states), layout, *states, *weights

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastseq import _config, _products
 from fastseq._linear import NONE, RELU
 from fastseq._ops.shared import (
-    PLAIN_TYPES,
+    are_plain,
     has_lazy_negation,
     is_observed,
     is_traced,
@@ -22,6 +22,7 @@ from fastseq._ops.shared import (
     needs_differentiable_gradient,
     needs_gradient,
     or_empty,
+    runs_directly,
     wants_composite,
 )
 from fastseq.backends import FUSED_DTYPES, reference_linear
@@ -268,9 +269,7 @@ def plain_linear(
 def _is_fused(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Whether the kernels' product is to run on these tensors, should they fit together."""
     if (
-        type(input) not in PLAIN_TYPES
-        or type(weight) not in PLAIN_TYPES
-        or not _are_plain(bias, residual)
+        not are_plain(input, weight, bias, residual)
         or input.is_nested
         or input.layout is not torch.strided
         or input.dim() == 0
@@ -321,9 +320,9 @@ def linear(
     arguments = (input, weight, bias, residual, seed, activation, dropout_p)
     if not is_traced():
         # Other types (weights quantized by a wrapper, say) know torch's operators, not ours.
-        if wants_composite() or not _are_plain(input, weight, bias, residual):
+        if wants_composite() or not are_plain(input, weight, bias, residual):
             return reference_linear.linear(*arguments)
-        if not is_watched() and not has_lazy_negation(input, weight, bias, residual):
+        if runs_directly(input, weight, bias, residual):
             if needs_gradient((input, weight, bias, residual)):
                 return _Linear.apply(*arguments)
             output: Tensor = _cpu().linear_forward(*arguments, False)[0]
@@ -333,10 +332,3 @@ def linear(
     save = needs_gradient((input, weight, bias))
     watched: Tensor = torch.ops.fastseq.linear_forward(*arguments, save)[0]
     return watched
-
-
-def _are_plain(*tensors: Tensor | None) -> bool:
-    for tensor in tensors:  # noqa: SIM110  any() over a generator takes three times as long
-        if tensor is not None and type(tensor) not in PLAIN_TYPES:
-            return False
-    return True

@@ -11,16 +11,18 @@ from torch import Tensor
 from fastseq import _config
 from fastseq._norm import NormOptions
 from fastseq._ops.shared import (
-    PLAIN_TYPES,
     differentiable_gradients,
     has_lazy_negation,
     is_observed,
+    is_traced,
     is_watched,
     lacks_kernels,
     library,
     needs_differentiable_gradient,
     needs_gradient,
     or_empty,
+    overrides_dispatch,
+    runs_directly,
     wants_composite,
 )
 from fastseq.backends import reference_norm
@@ -331,7 +333,9 @@ def norm(
     Args and returns: see :func:`fastseq.backends.reference_norm.norm`.
     """
     differentiable = (input, residual, weight, bias)
-    if type(input) in PLAIN_TYPES and not is_watched() and not has_lazy_negation(*differentiable):
+    if overrides_dispatch(*differentiable) and not is_traced():
+        return reference_norm.norm(input, residual, weight, bias, seed, options)
+    if runs_directly(*differentiable):
         if wants_composite():
             return reference_norm.norm(input, residual, weight, bias, seed, options)
         if needs_gradient(differentiable):

@@ -11,16 +11,19 @@ from torch import Tensor
 from fastseq import _config
 from fastseq._cells import GATES, NUMBA_RESERVE_LAYOUT, RESERVE_LAYOUT
 from fastseq._ops.shared import (
-    PLAIN_TYPES,
+    are_plain,
     differentiable_gradients,
     has_lazy_negation,
     is_observed,
+    is_traced,
     is_watched,
     lacks_kernels,
     library,
     needs_differentiable_gradient,
     needs_gradient,
     or_empty,
+    overrides_dispatch,
+    runs_directly,
     wants_composite,
 )
 from fastseq.backends import reference
@@ -43,7 +46,7 @@ library.define(
 library.define(
     "rnn_backward(Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, "
     "Tensor input, Tensor? hx, Tensor? cx, "
-    "Tensor[] weights, Tensor output, Tensor reserve, Tensor? batch_sizes, Tensor? lengths, "
+    "Tensor[] weights, Tensor reserve, Tensor? batch_sizes, Tensor? lengths, "
     "str cell, bool has_biases, int proj_size, bool bidirectional, bool batch_first, bool[] needs, "
     "int reserve_layout) "
     "-> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)",
@@ -151,7 +154,6 @@ def _rnn_backward(
     hx: Tensor | None,
     cx: Tensor | None,
     weights: list[Tensor],
-    output: Tensor,
     reserve: Tensor,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
@@ -166,7 +168,7 @@ def _rnn_backward(
     options = (cell, has_biases, proj_size, bidirectional, batch_first)
     grads = (grad_output, grad_hy, grad_cy)
     grad_input, grad_hx, grad_cx, grad_weights = _of_layout(reserve_layout, input).rnn_backward(
-        *grads, input, hx, cx, weights, output, reserve, *options, batch_sizes, lengths, needs
+        *grads, input, hx, cx, weights, reserve, *options, batch_sizes, lengths, needs
     )
     return (
         or_empty(grad_input, input),
@@ -229,7 +231,6 @@ def _rnn_backward_fake(
     hx: Tensor | None,
     cx: Tensor | None,
     weights: list[Tensor],
-    output: Tensor,
     reserve: Tensor,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
@@ -257,7 +258,7 @@ def _rnn_backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, hx, cx, weights, batch_sizes, lengths, *options, _, reserve_layout = inputs
-    ctx.save_for_backward(input, hx, cx, batch_sizes, lengths, output[0], output[3], *weights)
+    ctx.save_for_backward(input, hx, cx, batch_sizes, lengths, output[3], *weights)
     ctx.options = tuple(options)
     ctx.reserve_layout = reserve_layout
     ctx.mark_non_differentiable(output[3])
@@ -271,7 +272,7 @@ def _backward(
     grad_cy: Tensor | None,
     _grad_reserve: Tensor | None,
 ) -> tuple[Any, ...]:
-    input, hx, cx, batch_sizes, lengths, output, reserve, *weights = ctx.saved_tensors
+    input, hx, cx, batch_sizes, lengths, reserve, *weights = ctx.saved_tensors
     needs_input, needs_hx, needs_cx, needs_weights, *_ = ctx.needs_input_grad
     if isinstance(needs_weights, bool):
         needs_weights = [needs_weights] * len(weights)
@@ -284,7 +285,7 @@ def _backward(
             grads, input, hx, cx, weights, ctx.options, batch_sizes, lengths, needs
         )
     else:
-        arguments = (*grads, input, hx, cx, weights, output, reserve)
+        arguments = (*grads, input, hx, cx, weights, reserve)
         result = _dispatched_backward(
             arguments, ctx.options, batch_sizes, lengths, needs, ctx.reserve_layout
         )
@@ -356,7 +357,7 @@ class _RnnLayer(torch.autograd.Function):
         output, hy, cy, reserve = kernels.rnn_forward(
             input, hx, cx, weights, *options, batch_sizes, lengths, True
         )
-        ctx.save_for_backward(input, hx, cx, batch_sizes, lengths, output, reserve, *weights)
+        ctx.save_for_backward(input, hx, cx, batch_sizes, lengths, reserve, *weights)
         ctx.options = options
         ctx.set_materialize_grads(False)
         return output, hy, cy
@@ -365,7 +366,7 @@ class _RnnLayer(torch.autograd.Function):
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_hy: Tensor | None, grad_cy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        input, hx, cx, batch_sizes, lengths, output, reserve, *weights = ctx.saved_tensors
+        input, hx, cx, batch_sizes, lengths, reserve, *weights = ctx.saved_tensors
         needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[6:]]
         grads = (grad_output, grad_hy, grad_cy)
         if needs_differentiable_gradient(*grads):
@@ -373,7 +374,7 @@ class _RnnLayer(torch.autograd.Function):
                 grads, input, hx, cx, weights, ctx.options, batch_sizes, lengths, needs
             )
         else:
-            arguments = (*grads, input, hx, cx, weights, output, reserve)
+            arguments = (*grads, input, hx, cx, weights, reserve)
             if is_watched() or has_lazy_negation(*grads):
                 grad_input, grad_hx, grad_cx, grad_weights = _dispatched_backward(
                     arguments, ctx.options, batch_sizes, lengths, needs, ctx.reserve_layout
@@ -411,10 +412,10 @@ def plain_layer(
         return outputs
     if (
         backend != "numba"
-        or type(input) not in PLAIN_TYPES
         or torch.is_grad_enabled()
         or is_observed()
-        or has_lazy_negation(input, hx, cx)
+        or not are_plain(input, hx, cx, *weights)
+        or has_lazy_negation(input, hx, cx, *weights)
     ):
         return None
     return _numba().plain_layer(cell, input, hx, cx, weights, batch_first)
@@ -438,19 +439,17 @@ def rnn_layer(
     Args and returns: see :func:`fastseq.backends.reference.rnn_layer`.
     """
     options = (cell, has_biases, proj_size, bidirectional, batch_first)
-    plain_type = type(input) in PLAIN_TYPES
-    if plain_type and not is_watched() and not has_lazy_negation(input, hx, cx):
-        if wants_composite(_WITH_KERNELS):
-            return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
-        if needs_gradient((input, hx, cx, *weights)):
-            return _RnnLayer.apply(input, hx, cx, batch_sizes, lengths, options, *weights)
-        kernels, _ = _chosen(input)
-        return kernels.rnn_forward(input, hx, cx, weights, *options, batch_sizes, lengths, False)[
-            :3
-        ]
-    transformed = not torch.compiler.is_compiling() and wants_composite(_WITH_KERNELS)
-    if transformed or lacks_kernels(_WITH_KERNELS):
-        return reference.rnn_layer(input, hx, cx, weights, *options, batch_sizes, lengths)
+    arguments = (input, hx, cx, weights, *options, batch_sizes, lengths)
+    if not is_traced():
+        differentiable = (input, hx, cx, *weights)
+        if wants_composite(_WITH_KERNELS) or overrides_dispatch(*differentiable):
+            return reference.rnn_layer(*arguments)
+        if runs_directly(*differentiable):
+            if needs_gradient(differentiable):
+                return _RnnLayer.apply(input, hx, cx, batch_sizes, lengths, options, *weights)
+            return _chosen(input)[0].rnn_forward(*arguments, False)[:3]
+    elif lacks_kernels(_WITH_KERNELS) or (not _is_compiling() and wants_composite(_WITH_KERNELS)):
+        return reference.rnn_layer(*arguments)
     save = needs_gradient((input, hx, cx, *weights))
     layout = _chosen_layout(input)
     output, hy, cy, _ = torch.ops.fastseq.rnn_forward(
@@ -478,9 +477,9 @@ def rnn_cell(
             w_ih.new_zeros(w_ih.size(0)) if b_hh is None else b_hh,
         ]
     if (
-        type(input) in PLAIN_TYPES
+        are_plain(input, hx, cx, *tensors)
         and not is_watched()
-        and not has_lazy_negation(input, hx, cx)
+        and not has_lazy_negation(input, hx, cx, *tensors)
         and not wants_composite(_WITH_KERNELS)
         and not needs_gradient((input, hx, cx, *tensors))
     ):

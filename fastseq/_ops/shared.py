@@ -88,6 +88,33 @@ def has_lazy_negation(*tensors: Tensor | None) -> bool:
     return False
 
 
+def overrides_dispatch(*tensors: Tensor | None) -> bool:
+    """One is of a type that runs torch's operators in its own way.
+
+    Weights quantized by a wrapper, say: they have no memory of their own, and know torch's
+    operators, not ours.
+    """
+    for tensor in tensors:
+        if tensor is None or type(tensor) in PLAIN_TYPES:
+            continue
+        if type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+            return True
+    return False
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """All are tensors of exactly torch's own types."""
+    for tensor in tensors:  # noqa: SIM110  any() over a generator takes three times as long
+        if tensor is not None and type(tensor) not in PLAIN_TYPES:
+            return False
+    return True
+
+
+def runs_directly(*tensors: Tensor | None) -> bool:
+    """The kernels may be called without the dispatcher in between. The input comes first."""
+    return type(tensors[0]) in PLAIN_TYPES and not is_watched() and not has_lazy_negation(*tensors)
+
+
 def wants_composite(kernels: frozenset[str] = frozenset({"cpu"})) -> bool:
     """A transform needs differentiable operators, or the chosen backend has no such kernels."""
     return (
@@ -100,16 +127,17 @@ def wants_composite(kernels: frozenset[str] = frozenset({"cpu"})) -> bool:
 def needs_differentiable_gradient(*grads: Tensor | None) -> bool:
     """The gradient from ``grads`` is to be made of differentiable operators.
 
-    For a second derivative, or because a transform or ``is_grads_batched`` batches what comes in.
+    For a second derivative, because a transform or ``is_grads_batched`` batches what comes in, or
+    because that is of a type of its own.
     """
     if _is_compiling():
         return False
     if torch.is_grad_enabled() or _are_transforms_active():
         return True
-    for grad in grads:  # noqa: SIM110  any() over a generator takes three times as long
+    for grad in grads:
         if grad is not None and _is_batched(grad):
             return True
-    return False
+    return overrides_dispatch(*grads) and not is_traced()
 
 
 def differentiable_gradients(
@@ -165,5 +193,8 @@ def differentiable_gradients(
 
 
 def lacks_kernels(kernels: frozenset[str] = frozenset({"cpu"})) -> bool:
-    """Whether the chosen backend has no such kernels; holds for compilers, too."""
-    return _config.backend_name() not in kernels
+    """As :func:`wants_composite`, of what a compiler can tell.
+
+    There is no choice of a backend for it but the present one, and no forward mode.
+    """
+    return _config.backend_name() not in kernels or _are_transforms_active()

@@ -48,9 +48,13 @@ def layer_reserve_elements(
     sizes: CellSizes, rows: int, hidden_size: int, proj_size: int, directions: int
 ) -> int:
     """The same for a cell that is given in numbers."""
-    padded = (hidden_size + _PADDED_MULTIPLE - 1) // _PADDED_MULTIPLE * _PADDED_MULTIPLE
     saved = sizes.saved + (1 if proj_size else 0)
-    return rows * directions * (padded * saved + _PADDED_MULTIPLE)
+    output = _padded(proj_size or hidden_size)
+    return rows * directions * (_padded(hidden_size) * saved + _PADDED_MULTIPLE + output)
+
+
+def _padded(size: int) -> int:
+    return (size + _PADDED_MULTIPLE - 1) // _PADDED_MULTIPLE * _PADDED_MULTIPLE
 
 
 # What the short ways into the kernels need, and torch's exchange table where it has one.
@@ -236,7 +240,6 @@ def rnn_backward(
     hx: Tensor | None,
     cx: Tensor | None,
     weights: Sequence[Tensor],
-    output: Tensor,
     reserve: Tensor,
     cell: str,
     has_biases: bool,
@@ -252,8 +255,8 @@ def rnn_backward(
     ``needs`` says for ``(input, hx, cx, *weights)`` which are asked for; the others are ``None``.
     """
     return layer_backward(
-        _CELLS[cell], CELLS[cell], grad_output, grad_hy, grad_cy, input, hx, cx, weights, output,
-        reserve, has_biases, proj_size, bidirectional, batch_first, batch_sizes, lengths, needs,
+        _CELLS[cell], CELLS[cell], grad_output, grad_hy, grad_cy, input, hx, cx, weights, reserve,
+        has_biases, proj_size, bidirectional, batch_first, batch_sizes, lengths, needs,
     )  # fmt: skip
 
 
@@ -267,7 +270,6 @@ def layer_backward(
     hx: Tensor | None,
     cx: Tensor | None,
     weights: Sequence[Tensor],
-    output: Tensor,
     reserve: Tensor,
     has_biases: bool,
     proj_size: int,
@@ -310,8 +312,6 @@ def layer_backward(
         (steps, batch, features, hidden, proj_size, directions),
         input,
         _strides(input, batch_first, packed),
-        output,
-        _strides(output, batch_first, packed),
         grad_output,
         (0, 0) if grad_output is None else _strides(grad_output, batch_first, packed),
         grad_input,

@@ -97,9 +97,10 @@ def rnn_reserve_elements(
 ) -> int:
     """Elements of what forward keeps for backward; sizes may be symbolic.
 
-    Slots of all directions, then the LSTM's cell states in the sum type.
+    Slots of all directions, the LSTM's cell states in the sum type, and the output: the caller may
+    have changed in place what it was given by the time of backward.
     """
-    per_unit = _slots(cell)
+    per_unit = _slots(cell) + 1
     if CELLS[cell].has_cell_state:
         per_unit += sum_dtype(dtype).itemsize // dtype.itemsize
     return rows * directions * hidden_size * per_unit
@@ -299,6 +300,8 @@ def rnn_forward(
     if cy is not None:
         _keep_unborn(cy, c_0, sizes)
         cy = _unsorted(cy, sizes)
+    if reserve is not None:
+        _saved_output(reserve, output.shape).copy_(output)
     output = _from_rows(output, input, sizes, batch_first)
     return output, _unsorted(hy, sizes), cy, reserve
 
@@ -330,8 +333,15 @@ def _split_reserve(
     slots = list(reserve[:split].view(directions, rows, width))
     if not CELLS[cell].has_cell_state:
         return slots, []
-    cells = reserve[split:].view(sum_dtype(reserve.dtype))
-    return slots, list(cells[: directions * rows * hidden].view(directions, rows, hidden))
+    sums, count = sum_dtype(reserve.dtype), directions * rows * hidden
+    cells = reserve[split : split + count * (sums.itemsize // reserve.itemsize)].view(sums)
+    return slots, list(cells.view(directions, rows, hidden))
+
+
+def _saved_output(reserve: Tensor, shape: Sequence[int]) -> Tensor:
+    """The rows of the output in the reserve, where they come last."""
+    rows, width = shape
+    return reserve[reserve.numel() - rows * width :].view(rows, width)
 
 
 @marked
@@ -399,7 +409,6 @@ def rnn_backward(
     hx: Tensor | None,
     cx: Tensor | None,
     weights: Sequence[Tensor],
-    output: Tensor,
     reserve: Tensor,
     cell: str,
     has_biases: bool,
@@ -419,7 +428,8 @@ def rnn_backward(
     hidden = weights[0].size(0) // GATES[cell]
     sizes = _batch(input, batch_first, batch_sizes, lengths)
     layers = _per_direction(weights, has_biases, directions)
-    rows, results = (_to_rows(t, sizes, batch_first) for t in (input, output))
+    rows = _to_rows(input, sizes, batch_first)
+    results = _saved_output(reserve, (sizes.rows, directions * hidden))
     grad_rows = None if grad_output is None else _to_rows(grad_output, sizes, batch_first)
     h_0, c_0, grad_h_n, grad_c_n = (_sorted(t, sizes) for t in (hx, cx, grad_hy, grad_cy))
     slots, cells = _split_reserve(reserve, cell, sizes.rows, hidden, directions)

@@ -70,7 +70,6 @@ def backward(
     states: Sequence[Tensor | None],
     weights: Sequence[Tensor],
     masks: Tensor | None,
-    output: Tensor,
     reserve: Tensor,
     has_biases: bool,
     bidirectional: bool,
@@ -79,10 +78,7 @@ def backward(
     lengths: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """Gradients of input, states and weights, see ``fastseq.backends.numba.recurrent.backward``.
-
-    ``output`` is forward's: the states that a step began with are read off it.
-    """
+    """Gradients of input, states and weights, see ``fastseq.backends.numba.recurrent.backward``."""
     assert masks is None, "a plan with masks is not compiled"
     hx, cx = _pair(states)
     grad_hy, grad_cy = _pair(grad_states)
@@ -99,7 +95,6 @@ def backward(
         hx,
         cx,
         weights,
-        output,
         reserve,
         has_biases,
         proj_size,

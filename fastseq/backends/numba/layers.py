@@ -177,7 +177,6 @@ def rnn_backward(
     hx: Tensor | None,
     cx: Tensor | None,
     weights: Sequence[Tensor],
-    output: Tensor,
     reserve: Tensor,
     cell: str,
     has_biases: bool,
