@@ -89,6 +89,20 @@ def test_autocast_is_torchs_own(name: str, input_dtype: torch.dtype) -> None:
 
 @pytest.mark.filterwarnings("ignore::fastseq.FastseqFallbackWarning")
 @each_name
+def test_lengths_under_autocast(name: str) -> None:
+    _, ours = build_pair(name, IN, H, dtype=torch.float32)
+    x, lengths = torch.randn(T, B, IN), [4, 1, 6, 4]
+    expected = leaves(ours(x, lengths=lengths))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, state, *rest = leaves(ours(x, lengths=lengths))
+    assert state.dtype is output.dtype
+    torch.testing.assert_close(
+        [out.float() for out in (output, state, *rest)], expected, rtol=0.05, atol=0.05
+    )
+
+
+@pytest.mark.filterwarnings("ignore::fastseq.FastseqFallbackWarning")
+@each_name
 def test_lengths_work_in_a_fallback(name: str) -> None:
     _, ours = build_pair(name, IN, H, bidirectional=True, dtype=torch.float32)
     x, lengths = torch.randn(T, B, IN), [4, 1, 6, 4]

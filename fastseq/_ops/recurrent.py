@@ -11,7 +11,7 @@ from torch import Tensor
 from fastseq import _config
 from fastseq._cells import GATES, NUMBA_RESERVE_LAYOUT, RESERVE_LAYOUT
 from fastseq._ops.shared import (
-    are_plain,
+    are_direct,
     differentiable_gradients,
     has_lazy_negation,
     is_observed,
@@ -414,8 +414,7 @@ def plain_layer(
         backend != "numba"
         or torch.is_grad_enabled()
         or is_observed()
-        or not are_plain(input, hx, cx, *weights)
-        or has_lazy_negation(input, hx, cx, *weights)
+        or not are_direct(input, hx, cx, *weights)
     ):
         return None
     return _numba().plain_layer(cell, input, hx, cx, weights, batch_first)
@@ -477,9 +476,8 @@ def rnn_cell(
             w_ih.new_zeros(w_ih.size(0)) if b_hh is None else b_hh,
         ]
     if (
-        are_plain(input, hx, cx, *tensors)
+        are_direct(input, hx, cx, *tensors)
         and not is_watched()
-        and not has_lazy_negation(input, hx, cx, *tensors)
         and not wants_composite(_WITH_KERNELS)
         and not needs_gradient((input, hx, cx, *tensors))
     ):

@@ -110,6 +110,14 @@ def are_plain(*tensors: Tensor | None) -> bool:
     return True
 
 
+def are_direct(*tensors: Tensor | None) -> bool:
+    """All are of torch's own types, and their memory holds their values."""
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in PLAIN_TYPES or tensor.is_neg()):
+            return False
+    return True
+
+
 def runs_directly(*tensors: Tensor | None) -> bool:
     """The kernels may be called without the dispatcher in between. The input comes first."""
     return type(tensors[0]) in PLAIN_TYPES and not is_watched() and not has_lazy_negation(*tensors)

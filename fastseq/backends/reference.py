@@ -218,7 +218,8 @@ def rnn_layer(
             cell_states.append(state.cell)
 
     output = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
-    hy = torch.stack(hidden_states)
+    # Under autocast a state that was carried past a length is still in the input's dtype.
+    hy = torch.stack(hidden_states).to(output.dtype)
     cy = torch.stack(cell_states) if cell_states else None
     return output, hy, cy
 
