@@ -269,7 +269,9 @@ def plain_linear(
 def _is_fused(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Whether the kernels' product is to run on these tensors, should they fit together."""
     if (
-        not are_plain(input, weight, bias, residual)
+        input is None
+        or weight is None
+        or not are_plain(input, weight, bias, residual)
         or input.is_nested
         or input.layout is not torch.strided
         or input.dim() == 0

@@ -476,8 +476,8 @@ def rnn_cell(
             w_ih.new_zeros(w_ih.size(0)) if b_hh is None else b_hh,
         ]
     if (
-        are_direct(input, hx, cx, *tensors)
-        and not is_watched()
+        not is_watched()
+        and are_direct(input, hx, cx, *tensors)
         and not wants_composite(_WITH_KERNELS)
         and not needs_gradient((input, hx, cx, *tensors))
     ):
