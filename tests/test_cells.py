@@ -73,6 +73,14 @@ def adds_a_tensor(x: Any, h: Any, s: Any) -> Any:
     return x[0] + torch.ones(3)
 
 
+def multiplies_by_a_tensor(x: Any, h: Any, s: Any) -> Any:
+    return torch.ones(3) * x[0]
+
+
+def chooses_by_a_value(x: Any, h: Any, s: Any) -> Any:
+    return where(x[0], h[0], 0.0)
+
+
 def multiplies_all_gates(x: Any, h: Any, s: Any) -> Any:
     return x[0] * s
 
@@ -121,6 +129,8 @@ REFUSED: list[tuple[Callable[..., Any], str, str]] = [
     (calls_method, "return (x[0] + h[0]).tanh()", "no method or attribute 'tanh'"),
     (compares_for_equality, "if x[0] == 0", "< or <="),
     (adds_a_tensor, "return x[0] + torch.ones(3)", "parameters=(...)"),
+    (multiplies_by_a_tensor, "return torch.ones(3) * x[0]", "parameters=(...)"),
+    (chooses_by_a_value, "return where(x[0], h[0], 0.0)", "where(x[0] > 0, a, b)"),
     (multiplies_all_gates, "return x[0] * s", "x[0], h[0], s[0]"),
     (returns_too_many, "test_cells.py", "must return 1 state(s), got 2 values"),
     (returns_nothing, "test_cells.py", "must return 1 state(s), got None"),
@@ -160,6 +170,9 @@ def test_index_beyond_the_gates() -> None:
         ({"gates": 1, "states": 0}, ValueError, "states must be at least 1, got 0"),
         ({"gates": 1, "parameters": ("a", "a")}, ValueError, "different names"),
         ({"gates": 1, "parameters": ("a b",)}, ValueError, "identifiers, got 'a b'"),
+        ({"gates": 1, "parameters": ("count",)}, ValueError, "taken, got 'count'"),
+        ({"gates": 1, "parameters": ("names",)}, ValueError, "taken, got 'names'"),
+        ({"gates": 1, "parameters": ("bias_ih",)}, ValueError, "taken, got 'bias_ih'"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], kind: type[Exception], message: str) -> None:
@@ -196,6 +209,28 @@ def test_torch_and_numpy_functions_are_understood() -> None:
     ours = fastseq.cell(lambda x, h, s: tanh(x[0]) * exp(h[0]), gates=1)
     theirs = fastseq.cell(lambda x, h, s: torch.tanh(x[0]) * numpy.exp(h[0]), gates=1)
     assert ours.outputs == theirs.outputs
+
+
+def test_numbers_may_stand_anywhere() -> None:
+    """Numbers of Python, NumPy and torch, functions of numbers, on either side."""
+    numpy = pytest.importorskip("numpy")
+    pairs: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
+        (lambda x, h, s: sqrt(2.0) * x[0], lambda x, h, s: math.sqrt(2) * x[0]),
+        (lambda x, h, s: maximum(1, 2) * x[0], lambda x, h, s: 2.0 * x[0]),
+        (lambda x, h, s: numpy.sqrt(0.25) * x[0], lambda x, h, s: 0.5 * x[0]),
+        (lambda x, h, s: numpy.float32(2) + x[0], lambda x, h, s: 2.0 + x[0]),
+        (lambda x, h, s: numpy.float64(1) - x[0], lambda x, h, s: 1.0 - x[0]),
+        (lambda x, h, s: numpy.float64(1) / x[0], lambda x, h, s: 1.0 / x[0]),
+        (lambda x, h, s: torch.tensor(2.0) * x[0], lambda x, h, s: 2.0 * x[0]),
+        (
+            lambda x, h, s: where(numpy.float64(1) > x[0], h[0], 0.0),
+            lambda x, h, s: where(x[0] < 1, h[0], 0.0),
+        ),
+        (lambda x, h, s: where(True, x[0], 0.0), lambda x, h, s: x[0]),
+        (lambda x, h, s: where(1 > 2, 0.0, x[0]), lambda x, h, s: x[0]),
+    ]
+    for ours, plain in pairs:
+        assert fastseq.cell(ours, gates=1).outputs == fastseq.cell(plain, gates=1).outputs
 
 
 def test_slots() -> None:
@@ -240,6 +275,11 @@ def test_a_cell_is_still_its_function() -> None:
     f = torch.sigmoid(x + h)
     torch.testing.assert_close(found, s + f * (torch.tanh(x + f * h) - s))
     assert "Minimal Gated Unit" in (cells.minimal_gated_unit.__doc__ or "")
+    # Also one whose names are imported nowhere.
+    namespace: dict[str, Any] = {}
+    exec("def cell(x, h, s):\n    return tanh(x[0] + h[0])", namespace)
+    own = fastseq.cell(gates=1)(namespace["cell"])
+    torch.testing.assert_close(own((x,), (h,), (s,)), torch.tanh(x + h))
 
 
 # --- the derivative against sympy's

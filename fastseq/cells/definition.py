@@ -47,8 +47,8 @@ class Cell:
         _by_key[self.key] = self
 
     def __call__(self, *args: Any) -> Any:
-        """The user's function."""
-        return self.function(*args)
+        """The user's function, on tensors or whatever else it is given."""
+        return _with_vocabulary(self.function)(*args)
 
     def __repr__(self) -> str:
         return f"<fastseq.cell {self.name}: {self.gates} gates, {self.states} states>"
@@ -167,7 +167,14 @@ def cell(
     for parameter in names:
         if not isinstance(parameter, str) or not parameter.isidentifier():
             raise ValueError(f"parameters must be identifiers, got {parameter!r}")
+        if parameter.startswith(_LAYERS_OWN) or hasattr(_Group, parameter) or parameter in _TAKEN:
+            raise ValueError(f"parameters must not have names that are taken, got {parameter!r}")
     return Cell(function, gates, states, names)
+
+
+# Names that a layer gives its own weights, and those of a group besides a tuple's methods.
+_LAYERS_OWN = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")
+_TAKEN = frozenset({"label", "names"})
 
 
 class _Group(tuple[Expression, ...]):

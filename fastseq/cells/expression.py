@@ -29,7 +29,7 @@ __all__ = [
 
 # Operations of one argument that cost a series or a division: worth keeping for backward.
 FUNCTIONS = frozenset({"sigmoid", "tanh", "exp", "log", "softplus", "sqrt"})
-_COMPARISONS = frozenset({"less", "less_equal"})
+COMPARISONS = frozenset({"less", "less_equal"})
 
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 
@@ -274,7 +274,7 @@ def make(operation: str, *operands: Any) -> Expression:
     """The node for ``operation`` on expressions and numbers."""
     arguments = tuple(map(_as_expression, operands))
     for argument in arguments[1 if operation == "where" else 0 :]:
-        if argument.operation in _COMPARISONS:
+        if argument.operation in COMPARISONS:
             refuse(
                 "a comparison is no number:",
                 "Use it as the condition of where(condition, a, b).",

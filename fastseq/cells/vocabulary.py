@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastseq.cells.expression import Expression, make
+from fastseq.cells.expression import COMPARISONS, Expression, make, refuse
 
 __all__ = [
     "absolute",
@@ -33,6 +33,8 @@ __all__ = [
 def _apply(operation: str, *operands: Any) -> Any:
     if any(isinstance(operand, Expression) for operand in operands):
         return make(operation, *operands)
+    if all(isinstance(operand, (int, float)) for operand in operands):
+        return make(operation, *operands).value
     from fastseq.cells.evaluate import OPERATORS
 
     return OPERATORS[operation](*operands)
@@ -90,6 +92,10 @@ def minimum(a: Any, b: Any) -> Any:
 
 def where(condition: Any, a: Any, b: Any) -> Any:
     """``a`` where ``condition``, a comparison, holds, else ``b``."""
+    if isinstance(condition, bool):
+        return a if condition else b
+    if isinstance(condition, Expression) and condition.operation not in COMPARISONS:
+        refuse("where without a comparison cannot be traced:", "Write where(x[0] > 0, a, b).")
     return _apply("where", condition, a, b)
 
 
@@ -108,14 +114,23 @@ FOREIGN: dict[str, Callable[..., Any]] = {
     "maximum": maximum,
     "minimum": minimum,
     "where": where,
-    "add": lambda a, b: a + b,
-    "subtract": lambda a, b: a - b,
-    "sub": lambda a, b: a - b,
-    "multiply": lambda a, b: a * b,
-    "mul": lambda a, b: a * b,
-    "divide": lambda a, b: a / b,
-    "true_divide": lambda a, b: a / b,
-    "div": lambda a, b: a / b,
+    # Not by the operators: a tensor or NumPy number on the left would ask for its function again.
+    "add": lambda a, b: make("add", a, b),
+    "subtract": lambda a, b: make("subtract", a, b),
+    "sub": lambda a, b: make("subtract", a, b),
+    "multiply": lambda a, b: make("multiply", a, b),
+    "mul": lambda a, b: make("multiply", a, b),
+    "divide": lambda a, b: make("divide", a, b),
+    "true_divide": lambda a, b: make("divide", a, b),
+    "div": lambda a, b: make("divide", a, b),
+    "less": lambda a, b: make("less", a, b),
+    "lt": lambda a, b: make("less", a, b),
+    "less_equal": lambda a, b: make("less_equal", a, b),
+    "le": lambda a, b: make("less_equal", a, b),
+    "greater": lambda a, b: make("less", b, a),
+    "gt": lambda a, b: make("less", b, a),
+    "greater_equal": lambda a, b: make("less_equal", b, a),
+    "ge": lambda a, b: make("less_equal", b, a),
     "neg": lambda a: -a,
     "negative": lambda a: -a,
 }

@@ -358,6 +358,9 @@ def write_atomically(path: Path, text: str) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
+        mask = os.umask(0)  # there is no other way to ask for it
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # temporary files are their owner's alone
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
