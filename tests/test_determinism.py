@@ -113,6 +113,26 @@ def test_four_python_threads_at_once(isa: str) -> None:
     assert not failures
 
 
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_a_step_from_given_states_waits_for_nothing_unready(name: str, isa: str) -> None:
+    """Two modules in turns: what a thread reads too early is what the other one left there."""
+    size, batch = 384, 4  # rows enough to be shared out, few enough to take the weights as they lie
+    modules = [getattr(fast_nn, name)(size, size) for _ in range(2)]
+    x, state = torch.randn(batch, size), torch.randn(batch, size)
+    given = (state, state.sin()) if name == "LSTMCell" else state
+
+    def step(module: Any) -> Tensor:
+        result = module(x, given)
+        return torch.stack(result) if isinstance(result, tuple) else result
+
+    with torch.no_grad():
+        torch.set_num_threads(1)
+        expected = [step(module) for module in modules]
+        torch.set_num_threads(3)
+        for turn in range(300):
+            assert torch.equal(step(modules[turn % 2]), expected[turn % 2]), turn
+
+
 def test_between_parallel_torch_operators() -> None:
     """The pool is torch's own: both sides find it as they left it."""
     torch.set_num_threads(2)

@@ -327,7 +327,8 @@ struct RnnForward {
               units.begin * W, minimum(units.end * W, sizes.hidden) - units.begin * W, alive,
               [&](int64_t row) { return layer.direct.input ? nullptr : slots_at(table.first_row[t] + row, chunk_first); },
               [&](int64_t row) { return x.at(t, row); }, [&](int64_t row) { return state_before(before, row); });
-      if (alive < stealing_rows || team.size == 1 || layer.direct.streams) {
+      // With h read where it was given the threads have not met, so that a block of another's is not ready to be taken.
+      if (alive < stealing_rows || team.size == 1 || layer.direct.streams || given_state) {
         // Few rows: several blocks between one change of phase and the next, which costs a recording something.
         int64_t together = layer.is_split || layer.direct.hidden ? 1 : maximum(1, block_rows / maximum(1, alive));
         for (int64_t i = 0; i < units.count(); i += together)
