@@ -56,10 +56,10 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "slopes": ((q, k, v), {"alibi_slopes": torch.ones(3)}, RuntimeError, r"\(4,\).*got \(3,\)"),
     "sinks": ((q, k, v), {"sinks": torch.ones(2)}, RuntimeError, r"sinks.*\(4,\), got \(2,\)"),
     "softcap": ((q, k, v), {"softcap": -1.0}, ValueError, "softcap.*-1.0"),
-    "softcap_type": ((q, k, v), {"softcap": "a"}, TypeError, "softcap must be a number, got str"),
+    "softcap_type": ((q, k, v), {"softcap": "a"}, TypeError, "softcap must be a float, got str"),
     "dropout": ((q, k, v), {"dropout_p": 1.5}, RuntimeError, "dropout_p.*1.5"),
-    "dropout_type": ((q, k, v), {"dropout_p": "a"}, TypeError, "dropout_p must be a number"),
-    "scale_type": ((q, k, v), {"scale": "a"}, TypeError, "scale must be a number, got str"),
+    "dropout_type": ((q, k, v), {"dropout_p": "a"}, TypeError, "dropout_p must be a float"),
+    "scale_type": ((q, k, v), {"scale": "a"}, TypeError, "scale must be a float, got str"),
 }
 
 

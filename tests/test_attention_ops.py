@@ -227,6 +227,21 @@ def test_compile(options: dict[str, Any]) -> None:
     compiled_and_eager(lambda q, k, v: functional.attention(q, k, v, **options), qkv(2, 3, 5, 4))
 
 
+def test_compile_with_symbolic_numbers() -> None:
+    """A number that changes from call to call becomes a symbol of the graph."""
+    (q,) = qkv(1, 2, 5, 8)[:1]
+
+    def call(q: Any, size: float) -> Any:
+        window = (int(size * 10), 0)
+        return functional.attention(q, q, q, scale=size, softcap=size * 10, window=window)
+
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in (0.3, 0.5, 0.7):
+        torch.testing.assert_close(compiled(q, size), call(q, size))
+    torch._dynamo.reset()
+
+
 def test_compile_inductor() -> None:
     compiled_and_eager(
         lambda q, k, v: functional.attention(q, k, v * 2, causal=True) + 1,

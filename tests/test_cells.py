@@ -216,6 +216,7 @@ def test_numbers_may_stand_anywhere() -> None:
     numpy = pytest.importorskip("numpy")
     pairs: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
         (lambda x, h, s: sqrt(2.0) * x[0], lambda x, h, s: math.sqrt(2) * x[0]),
+        (lambda x, h, s: sqrt(-1.0) * x[0], lambda x, h, s: math.nan * x[0]),
         (lambda x, h, s: maximum(1, 2) * x[0], lambda x, h, s: 2.0 * x[0]),
         (lambda x, h, s: numpy.sqrt(0.25) * x[0], lambda x, h, s: 0.5 * x[0]),
         (lambda x, h, s: numpy.float32(2) + x[0], lambda x, h, s: 2.0 + x[0]),

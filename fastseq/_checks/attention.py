@@ -7,13 +7,14 @@ Tensors that do not fit together raise :class:`RuntimeError` as in torch, option
 from __future__ import annotations
 
 import math
-import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastseq._checks.scalars import number
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -106,20 +107,14 @@ def _window_side(side: str, size: Any) -> int:
     try:
         if isinstance(size, bool):
             raise TypeError
-        size = operator.index(size)
+        if not isinstance(size, int):
+            size = operator.index(size)
     except TypeError:
         raise TypeError(f"window {side} must be an int, got {type(size).__name__}") from None
     if size < -1:
         raise ValueError(f"window {side} must be at least 0, or -1 for unbounded, got {size}")
     # More than any tensor has, and positions can still be added to it.
     return min(size, 1 << 62)
-
-
-def number(name: str, value: Any) -> float:
-    """A real number."""
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
 
 
 def probability(dropout_p: float) -> float:
@@ -135,7 +130,7 @@ def softcap(value: float | None) -> float:
     if value is None:
         return 0.0
     cap = number("softcap", value)
-    if not (cap > 0 and math.isfinite(cap)):
+    if not 0 < cap < math.inf:
         raise ValueError(f"softcap must be positive and finite, or None, got {value}")
     # Beyond, a cap or what is divided by it has no place in float32. Scores do not come near the
     # upper bound, and below the lower one all weights are equal.

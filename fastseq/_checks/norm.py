@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastseq._checks.scalars import number
+
 
 def tensor(name: str, value: Any) -> None:
     """The argument is a tensor."""
@@ -25,8 +27,7 @@ def normalized_shape(value: Any, input: Tensor, too_long: type[Exception]) -> in
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"normalized_shape must be a sequence of ints, got {value!r}")
     for size in value:
-        # hasattr comes last, and not for the usual types: a compiler cannot ask a symbolic size.
-        if isinstance(size, int):
+        if isinstance(size, int):  # not hasattr: see scalars.number
             continue
         if isinstance(size, (float, str)) or not hasattr(size, "__index__"):
             raise TypeError(f"normalized_shape must be a sequence of ints, got {value!r}")
@@ -89,15 +90,6 @@ def residual(value: Any, input: Tensor) -> Tensor:
             f"residual must be broadcastable to the shape of input: expected "
             f"{tuple(input.shape)}, got {tuple(value.shape)}"
         ) from None
-
-
-def number(name: str, value: Any) -> float:
-    """A number that is no tensor."""
-    if isinstance(value, (int, float)):  # not hasattr: see normalized_shape
-        return float(value)
-    if isinstance(value, (str, Tensor)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    return float(value)
 
 
 def probability(value: Any) -> float:

@@ -34,7 +34,9 @@ def _apply(operation: str, *operands: Any) -> Any:
     if any(isinstance(operand, Expression) for operand in operands):
         return make(operation, *operands)
     if all(isinstance(operand, (int, float)) for operand in operands):
-        return make(operation, *operands).value
+        folded = make(operation, *operands)
+        if folded.operation == "constant":  # and not one that only a kernel can tell: sqrt(-1)
+            return folded.value
     from fastseq.cells.evaluate import OPERATORS
 
     return OPERATORS[operation](*operands)

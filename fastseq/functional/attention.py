@@ -22,6 +22,7 @@ from fastseq._attention import (
     Terms,
 )
 from fastseq._checks import attention as _checks
+from fastseq._checks.scalars import number
 from fastseq._dropout import draw_seed
 from fastseq.backends import fallback_reason, reference_attention, warn_fallback
 
@@ -344,7 +345,7 @@ def _options(
 def default_scale(query: Tensor, scale: float | None) -> float:
     """``1 / sqrt(E)`` unless given."""
     if scale is not None:
-        return _checks.number("scale", scale)
+        return number("scale", scale)
     size = query.shape[-1]
     return 1 / math.sqrt(size) if size else 1.0
 

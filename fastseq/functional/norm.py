@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastseq import _ops
 from fastseq._checks import norm as _checks
+from fastseq._checks.scalars import number
 from fastseq._dropout import draw_seed
 from fastseq._norm import NormOptions
 from fastseq.backends import FUSED_DTYPES, fallback_reason, reference_norm, warn_fallback
@@ -201,7 +202,7 @@ def _layer_options(
     _checks.affine("weight", weight, input, dims, same_dtype)
     _checks.affine("bias", bias, input, dims, same_dtype)
     _checks.floating(input)
-    return NormOptions(dims, False, _checks.number("eps", eps), _checks.probability(dropout_p))
+    return NormOptions(dims, False, number("eps", eps), _checks.probability(dropout_p))
 
 
 def _rms_options(
@@ -217,7 +218,7 @@ def _rms_options(
     if eps is None:
         wide = torch.float64 if input.dtype is torch.float64 else torch.float32
         eps = torch.finfo(wide).eps
-    return NormOptions(dims, True, _checks.number("eps", eps), _checks.probability(dropout_p))
+    return NormOptions(dims, True, number("eps", eps), _checks.probability(dropout_p))
 
 
 def _fallback_reason(input: Tensor, weight: Tensor | None) -> str | None:
